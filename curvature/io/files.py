@@ -1,0 +1,90 @@
+"""Writing so that a crash, a full disk or a kill leaves the old file or the new one, never half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from curvature.errors import BadFile, TooLarge
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes | Callable[[BinaryIO], object]) -> None:
+    """Replace the file at `path` by `data`, or by what `data(file)` writes, in one step.
+
+    The bytes go to a temporary file in the same folder and reach the disk before the rename; a symbolic link
+    is followed. On failure the temporary file is removed and the old file is as it was: TooLarge when the
+    disk is full, BadFile when `path` is not a file (a folder, a device), else the OSError, naming `path`.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise BadFile(f"{path} is not a file that can be replaced.", "Choose another name to write to.")
+    temporary = target.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "xb") as file:
+            if callable(data):
+                data(file)
+            else:
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except Exception as error:
+        _raise_naming(path, temporary, error)
+        raise
+    finally:
+        with contextlib.suppress(OSError):  # gone already, when the rename succeeded
+            os.unlink(temporary)
+
+
+def _raise_naming(path: str | os.PathLike[str], temporary: Path, error: Exception) -> None:
+    """Raise a disk error in terms of `path`; return when `error` is something else."""
+    # torch.save hides the OSError of its file behind a RuntimeError of its own: look one step back.
+    chain = (error, error.__cause__, error.__context__)
+    if any(isinstance(link, OSError) and link.errno in DISK_FULL for link in chain):
+        raise TooLarge(
+            f"No space is left on the disk to write {path}.", "Free some space, or choose another folder."
+        ) from error
+    ours = isinstance(error, OSError) and error.filename in (None, str(temporary))
+    if ours and error.errno is not None:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of the file in hexadecimal, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def clean_stale(folder: str | os.PathLike[str]) -> list[Path]:
+    """Temporary files that writers killed in `folder` left behind; they are removed.
+
+    A file of a process that still runs stays. The folder must be written by this machine only: elsewhere the
+    same process number means another process.
+    """
+    stale = [path for path in Path(folder).glob(".tmp-*-*") if not path.is_dir() and not _writer_runs(path)]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return stale
+
+
+def _writer_runs(temporary: Path) -> bool:
+    """Whether the process in the file's name is alive; True for names that `write_atomically` never gives."""
+    match = re.match(r"\.tmp-([1-9]\d{0,8})-", temporary.name)
+    if match is None:
+        return True
+    try:
+        os.kill(int(match[1]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # alive, and someone else's
+        return True
+    return True

@@ -1,0 +1,1 @@
+"""Matrix-free linear algebra on torch tensors: no model, no data, no torch.nn."""

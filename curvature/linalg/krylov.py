@@ -1,0 +1,162 @@
+"""Block Lanczos: an orthonormal basis that grows by one block a step, and the matrix projected on it.
+
+The one Lanczos of the package. All start vectors advance in lockstep, so a step is one product with a block of
+vectors (one pass over the data, however many there are); every block is orthogonalised against all before it, so no
+ghost copies of converged eigenvalues appear. Golub & Underwood 1977; Saad 2011, Numerical Methods for Large
+Eigenvalue Problems, chapter 6.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvature.errors import TooLarge
+from curvature.linalg.measurement import Measurement
+from curvature.linalg.space import CHUNK, Space
+
+
+class Krylov:
+    """Rows V, orthonormal, and T = V A V^T in float64, grown by `step`.
+
+    The last `width` rows of V are the frontier: `step` multiplies them by A and leaves in `remainder` what the products
+    have outside the span of V, from which the residuals of all Ritz pairs follow; `extend` makes it the next frontier.
+    """
+
+    def __init__(self, measurement: Measurement, capacity: int) -> None:
+        self.measurement = measurement
+        self.space: Space = measurement.operator.domain
+        _check_memory(capacity, self.space)
+        self._basis = torch.empty(capacity, self.space.size, dtype=self.space.dtype, device=self.space.device)
+        self._projected = torch.zeros(capacity, capacity, dtype=torch.float64, device=self.space.device)
+        self.size = 0  # rows of the basis
+        self.width = 0  # of which so many form the frontier
+        self.multiplied = 0  # rows whose product with A is known: T is complete on them
+        self.remainder: Tensor = self._basis[:0]
+        self.noise = 0.0  # the largest |u.Av - v.Au| seen: what rounding does to the entries of T
+        self.scale = 0.0  # the largest product seen: a lower bound of the norm of A, what "small" is relative to
+
+    @property
+    def basis(self) -> Float[Tensor, "d n"]:
+        """The rows whose products are known."""
+        return self._basis[: self.multiplied]
+
+    @property
+    def frontier(self) -> Float[Tensor, "b n"]:
+        """The rows that the next step multiplies."""
+        return self._basis[self.size - self.width : self.size]
+
+    @property
+    def projected(self) -> Float[Tensor, "d d"]:
+        """T = V A V^T on those rows, symmetric to the last bit."""
+        T = self._projected[: self.multiplied, : self.multiplied]
+        return (T + T.T) / 2
+
+    def start(self, rows: Float[Tensor, "k n"]) -> None:
+        """Take the span of `rows` as the first frontier."""
+        self._append(rows / self.space.norms(rows).to(rows.dtype).unsqueeze(1))
+
+    def step(self) -> bool:
+        """Multiply the frontier by A and extend T; False when the basis spans an invariant subspace."""
+        frontier = slice(self.size - self.width, self.size)
+        rows = self.measurement.apply(self._basis[frontier])
+        self.scale = max(self.scale, float(self.space.norms(rows).max()))
+        components = self._project_out(rows)
+        self._check_symmetry(components, frontier)
+        self._couple(frontier, slice(0, self.size), components)
+        self.multiplied, self.remainder = self.size, rows
+        return bool(self.space.norms(rows).max() > self._small)
+
+    def extend(self) -> bool:
+        """Make the remainder the next frontier; False when nothing of it is left."""
+        block = slice(self.size - self.width, self.size)
+        fresh = self._append(self.remainder)
+        self._couple(fresh, block, self.space.inner(self._basis[fresh], self.remainder))
+        return self.width > 0
+
+    def restart(self, values: Float[Tensor, " k"], vectors: Float[Tensor, "d k"]) -> None:
+        """Keep only the given Ritz pairs, and the remainder as the frontier (Wu & Simon 2000, thick restart)."""
+        kept = len(values)
+        for start in range(0, self.space.size, CHUNK):  # in place, so that a restart needs no second basis
+            columns = slice(start, start + CHUNK)
+            self._basis[:kept, columns] = self.space.combine(vectors.T, self.basis[:, columns])
+        last = vectors[self.multiplied - len(self.remainder) :]
+        self._projected.zero_()
+        self._projected[:kept, :kept] = torch.diag(values)
+        self.size = self.multiplied = kept
+        fresh = self._append(self.remainder)
+        self._couple(fresh, slice(0, kept), self.space.inner(self._basis[fresh], self.remainder) @ last)
+
+    def residuals(self, vectors: Float[Tensor, "d k"]) -> Float[Tensor, " k"]:
+        """Norms of A y - theta y for the Ritz vectors y = vectors^T V: what A y has outside the basis."""
+        last = vectors[self.multiplied - len(self.remainder) :]
+        gram = self.space.inner(self.remainder, self.remainder)
+        return (last * (gram @ last)).sum(0).clamp(min=0).sqrt()
+
+    @property
+    def _small(self) -> float:
+        """Norms up to this are rounding: of the entries in their dtype, and of the float64 sums over them."""
+        return 10 * (self.space.eps + torch.finfo(torch.float64).eps * self.space.size**0.5) * self.scale
+
+    def _append(self, rows: Tensor) -> slice:
+        """Append what `rows` span beyond the basis, as the frontier; returns where it lies.
+
+        `rows` have been cleaned of the basis once; the second time ("twice is enough", Giraud et al. 2005) comes after
+        they were normalised, so that it also removes what cancellation has blown up.
+        """
+        fresh = self.space.orthonormal(rows, small=self._small)
+        self._project_out(fresh)
+        fresh = self.space.orthonormal(fresh)[: len(self._basis) - self.size]
+        place = slice(self.size, self.size + len(fresh))
+        self._basis[place] = fresh
+        self.size, self.width = place.stop, len(fresh)
+        return place
+
+    def _project_out(self, rows: Tensor) -> Float[Tensor, "k d"]:
+        """Remove from `rows`, in place, their components in the basis; returns the components."""
+        basis = self._basis[: self.size]
+        components = self.space.inner(rows, basis)
+        rows -= self.space.combine(components, basis)
+        return components
+
+    def _couple(self, rows: slice, columns: slice, coupling: Tensor) -> None:
+        self._projected[rows, columns] = coupling
+        self._projected[columns, rows] = coupling.T
+
+    def _check_symmetry(self, coefficients: Tensor, frontier: slice) -> None:
+        """Refuse an operator whose projection is not symmetric: Lanczos would return numbers without meaning."""
+        known = self._projected[: self.multiplied, frontier].T  # from earlier steps
+        asymmetry = (coefficients[:, : self.multiplied] - known).abs().max() if self.multiplied else 0.0
+        square = coefficients[:, frontier]
+        asymmetry = max(float(asymmetry), float((square - square.T).abs().max()))
+        self.noise = max(self.noise, asymmetry)
+        if asymmetry > self.space.eps**0.5 * self.scale:
+            raise ValueError(
+                f"The operator is not symmetric: |u.Av - v.Au| reached {asymmetry:.2g}, with |A| about "
+                f"{self.scale:.2g}. If it comes from a model, curvature.check(objective) says what breaks it."
+            )
+
+
+def _check_memory(rows: int, space: Space) -> None:
+    """TooLarge when a basis of `rows` vectors would not fit into the memory that is free now."""
+    needed = rows * space.size * torch.empty(0, dtype=space.dtype).element_size()
+    free = torch.cuda.mem_get_info(space.device)[0] if space.device.type == "cuda" else _free_bytes()
+    if free is not None and needed > 0.9 * free:
+        raise TooLarge(
+            f"A basis of {rows} vectors of {space.size:,} entries takes {needed / 2**30:.1f} GiB, "
+            f"but {free / 2**30:.1f} GiB are free.",
+            "Ask for fewer probes, steps or eigenvalues, or for fewer parameters.",
+        )
+
+
+def _free_bytes() -> int | None:
+    """Main memory that can be had without swapping, where the system tells (Linux)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    sizes = dict(line.split(":") for line in lines)
+    return int(sizes["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in sizes else None

@@ -1,0 +1,93 @@
+"""One question put to one operator: its products are counted, timed and checked here and nowhere else."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvature.errors import NonFinite
+from curvature.linalg.operator import LinearOperator
+from curvature.progress import Progress, Run
+from curvature.result import Cost, Origin
+
+
+class Measurement:
+    """What a question has asked of an operator so far. Every product of a measurement goes through `apply`."""
+
+    def __init__(
+        self,
+        A: LinearOperator,
+        question: str,
+        *,
+        options: Mapping[str, Any],
+        seed: int | None = None,
+        run: Run | None = None,
+    ) -> None:
+        if A.shape[0] != A.shape[1]:
+            raise ValueError(f"{question} needs a square operator, but got {A.shape}.")
+        if A.shape[0] == 0:
+            raise ValueError(f"{question} needs an operator with at least one row, but got {A.shape}.")
+        self.operator, self.question = A, question
+        self.options, self.seed = dict(options), seed
+        self.run = run or Run()
+        self.products = 0
+        self._started = time.perf_counter()
+        self._passes = self._passes_of_parts()
+        if A.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(A.device)
+
+    def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
+        """A times each row; NonFinite when a product is not finite, which would poison all that follows."""
+        self.products += len(rows)
+        product = self.operator.apply(rows)
+        if not torch.isfinite(product).all():
+            raise NonFinite(
+                f"A product with {self.operator!r} has entries that are not finite.",
+                "Check the weights and the loss for NaN and overflow, or measure in float64.",
+            )
+        return product
+
+    def report(self, done: int, total: int, note: str = "", unit: str = "steps") -> None:
+        """Tell whoever listens that `done` of `total` units of work are done."""
+        self.run.report(Progress(self.question, done, total, unit, note))
+
+    @property
+    def cost(self) -> Cost:
+        """What the measurement has taken so far."""
+        return Cost(
+            products=self.products,
+            passes=self._passes_of_parts() - self._passes,
+            seconds=time.perf_counter() - self._started,
+            peak_bytes=_peak_bytes(self.operator.device),
+        )
+
+    @property
+    def origin(self) -> Origin:
+        """What is needed to ask the same again."""
+        return Origin(question=self.question, options=self.options, seed=self.seed, operator=describe(self.operator))
+
+    def _passes_of_parts(self) -> int:
+        meters = {id(leaf.meter): leaf.meter for leaf in self.operator.leaves() if leaf.meter}
+        return sum(meter.passes for meter in meters.values())
+
+
+def describe(A: LinearOperator) -> dict[str, Any]:
+    """What A was made from, JSON-ready; a composition lists its parts."""
+    facts = {"shape": list(A.shape), "dtype": str(A.dtype).removeprefix("torch."), "device": str(A.device)}
+    if not A.parts:
+        return {**A.source, **facts}
+    return {"operator": type(A).__name__, **facts, "parts": [dict(leaf.source) for leaf in A.leaves()]}
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere but on macOS

@@ -1,0 +1,95 @@
+"""Finite-dimensional real vector spaces: how vectors are multiplied, combined and drawn.
+
+A block of vectors is a tensor of rows (k, n), so that every vector is contiguous and a Krylov basis grows by
+appending. All inner products of the package go through `Space.inner`, in float64 whatever the vectors are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Kind = Literal["signs", "normal", "sphere"]
+
+CHUNK = 1 << 16  # columns upcast at a time: 64 rows of float64 then stay within 32 MiB
+
+
+@dataclass(frozen=True)
+class Space:
+    """Real vectors of `size` entries of one dtype on one device."""
+
+    size: int
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def inner(self, u: Float[Tensor, "k n"], v: Float[Tensor, "l n"]) -> Float[Tensor, "k l"]:
+        """All inner products u_i . v_j, accumulated in float64."""
+        if u.dtype == torch.float64:
+            return u @ v.T
+        total = torch.zeros(len(u), len(v), dtype=torch.float64, device=u.device)
+        for start in range(0, self.size, CHUNK):
+            piece = slice(start, start + CHUNK)
+            total += u[:, piece].double() @ v[:, piece].double().T
+        return total
+
+    def norms(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, " k"]:
+        """Euclidean norm of each row, in float64."""
+        return torch.stack([torch.linalg.vector_norm(row, dtype=torch.float64) for row in rows])
+
+    def combine(self, coefficients: Float[Tensor, "k l"], rows: Float[Tensor, "l n"]) -> Float[Tensor, "k n"]:
+        """The linear combinations sum_j coefficients[i, j] rows[j], in the dtype of the rows."""
+        return coefficients.to(rows.dtype) @ rows
+
+    def orthonormal(self, rows: Float[Tensor, "k n"], *, small: float = 0.0) -> Float[Tensor, "r n"]:
+        """Orthonormal rows with the span of the given ones; what is at most `small` long beyond it is dropped.
+
+        Row after row, each cleaned twice of those before it: in a block of nearly dependent vectors a factorisation
+        without pivoting would return directions outside the span.
+        """
+        kept = torch.empty_like(rows)
+        count = 0
+        for row in rows:
+            fresh = row.unsqueeze(0)
+            norm = length = float(self.norms(fresh)[0])
+            for _ in range(2):
+                if length <= max(small, 10 * self.eps * norm):
+                    break
+                fresh = fresh - self.combine(self.inner(fresh, kept[:count]), kept[:count])
+                length = float(self.norms(fresh)[0])
+            else:
+                kept[count] = fresh[0] / length
+                count += 1
+        return kept[:count]
+
+    def draw(self, count: int, *, seed: int, kind: Kind = "signs") -> Float[Tensor, "count n"]:
+        """The first `count` vectors of `draws`, as rows."""
+        rows = torch.empty(count, self.size, dtype=self.dtype, device=self.device)
+        for row, sample in zip(rows, self.draws(seed=seed, kind=kind), strict=False):
+            row.copy_(sample)
+        return rows
+
+    def draws(self, *, seed: int, kind: Kind = "signs") -> Iterator[Float[Tensor, " n"]]:
+        """Independent random vectors without end, with mean 0 and covariance the identity.
+
+        "signs": entries +1 or -1; "normal": standard normal entries; "sphere": uniform on the sphere of radius
+        sqrt(size). Drawn on the CPU, in order, so that one seed gives the same vectors on every device.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            if kind == "signs":
+                sample = torch.randint(0, 2, (self.size,), generator=generator, dtype=torch.int8) * 2 - 1
+            else:
+                sample = torch.randn(self.size, generator=generator, dtype=torch.float64)
+            if kind == "sphere":
+                sample *= self.size**0.5 / torch.linalg.vector_norm(sample)
+            yield sample.to(self.device, self.dtype)
+
+    @property
+    def eps(self) -> float:
+        """The rounding unit of one entry."""
+        return torch.finfo(self.dtype).eps

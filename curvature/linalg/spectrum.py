@@ -1,0 +1,216 @@
+"""The whole eigenvalue distribution of a symmetric operator: stochastic Lanczos quadrature.
+
+Lin, Saad & Yang 2016 (arXiv:1308.5467); Ubaru, Chen & Saad 2017; for networks Ghorbani, Krishnan & Xiao 2019
+(arXiv:1901.10159). Here all probes share one block Krylov space, so they advance with one pass over the data a step,
+and its Ritz values come with residuals and in their multiplicities.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from curvature.errors import Interrupted
+from curvature.linalg.krylov import Krylov
+from curvature.linalg.measurement import Measurement
+from curvature.linalg.operator import LinearOperator, as_operator
+from curvature.progress import Run
+from curvature.result import Estimate, Result, with_error
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SpectralDensity(Result):
+    """The eigenvalue distribution of an operator with `size` rows, as one measure a probe on common nodes.
+
+    `nodes` are the Ritz values, ascending, `residuals` theirs; `weights` the mass every probe gives them, rows summing
+    to 1. Where `single` is true a node is one eigenvalue, converged and counted: its mass is exactly 1/size. Eigenvalues
+    within `floor` of zero are rounding noise of the products. `steps` block steps were done; `complete` is false when
+    the run was interrupted before the last.
+    """
+
+    nodes: Float[Tensor, " d"]
+    weights: Float[Tensor, "p d"]
+    residuals: Float[Tensor, " d"]
+    single: Bool[Tensor, " d"]
+    size: int
+    floor: float
+    steps: int
+    complete: bool = True
+
+    def mean(self, function: Callable[[Tensor], Tensor]) -> Estimate:
+        """The mean of `function` over all eigenvalues, (1/size) tr f(A), with its standard error over probes.
+
+        `function` maps the nodes (d,) to (..., d); the estimate has the leading shape.
+        """
+        values = function(self.nodes) @ self.weights.T
+        probes = len(self.weights)
+        return Estimate(
+            value=values.mean(-1),
+            stderr=values.std(-1) / probes**0.5,
+            samples=probes,
+            dof=probes - 1,
+            cost=self.cost,
+            origin=self.origin,
+        )
+
+    def cdf(self, points: Float[Tensor, " t"]) -> Estimate:
+        """The share of eigenvalues at or below each of `points` (t,): a staircase that needs no bandwidth."""
+        return self.mean(lambda nodes: (nodes <= points.double().unsqueeze(1)).double())
+
+    def quantile(self, share: float) -> float:
+        """The smallest node at or below which at least `share` of the eigenvalues lie."""
+        if not 0 <= share <= 1:
+            raise ValueError(f"A share lies between 0 and 1, but got {share}.")
+        reached = self.weights.mean(0).cumsum(0) >= share - 1e-12
+        return float(self.nodes[reached.nonzero()[0, 0] if reached.any() else -1])
+
+    @property
+    def alone(self) -> Bool[Tensor, " d"]:
+        """Which nodes are outliers: converged, counted, and further out than every node that is not."""
+        rest = self.nodes[~self.single]
+        low, high = (rest.min(), rest.max()) if len(rest) else (0.0, 0.0)
+        return self.single & ((self.nodes < low) | (self.nodes > high))
+
+    @property
+    def outliers(self) -> Float[Tensor, " o"]:
+        """The eigenvalues that stand alone, ascending."""
+        return self.nodes[self.alone]
+
+    @property
+    def unit(self) -> float:
+        """Where the signed logarithmic axis turns from linear to logarithmic: 1e-4 of the largest magnitude."""
+        return 1e-4 * float(self.nodes.abs().max())
+
+    def density(self, points: Float[Tensor, " t"]) -> Estimate:
+        """The density of all but the outliers at `points`, as mass per unit of the signed logarithmic axis.
+
+        On the axis s(t) = sign(t) log10(1 + |t| / unit) every node is a Gaussian as wide as `steps` nodes are apart on
+        average; mass per unit of t is this times ds/dt.
+        """
+        s, nodes = (signed_log(t.double(), self.unit) for t in (points, self.nodes))
+        width = max(float(nodes[-1] - nodes[0]) / self.steps, 1e-6)
+        bulk = (~self.alone).double() / (width * (2 * math.pi) ** 0.5)
+        return self.mean(lambda _: bulk * (-0.5 * ((s.unsqueeze(1) - nodes) / width).square()).exp())
+
+    @property
+    def negative(self) -> Estimate:
+        """The share of eigenvalues that are negative beyond the noise floor."""
+        return self.mean(lambda nodes: (nodes < -self.floor).double())
+
+    def summary(self) -> dict[str, str]:
+        outliers = self.outliers
+        trace = self.mean(lambda nodes: nodes * self.size)
+        negative = self.negative
+        largest = ", ".join(f"{value:.5g}" for value in outliers.flip(0)[:5].tolist() if value > 0)
+        return {
+            "eigenvalues": f"{self.size:,}, from {self.nodes[0].item():.4g} to {self.nodes[-1].item():.4g}",
+            "outliers": f"{len(outliers)} converged outside the bulk" + (f": {largest}, ..." if largest else ""),
+            "bulk": f"90 % within [{self.quantile(0.05):.3g}, {self.quantile(0.95):.3g}]",
+            "trace": with_error(float(trace.value), float(trace.stderr)),
+            "negative": f"{100 * negative.value:.2g} % ± {100 * negative.stderr:.1g} % of the eigenvalues",
+            "noise floor": f"±{self.floor:.1e} ({self.origin.operator.get('dtype', 'rounding')})",
+            "probes, steps": f"{len(self.weights)} x {self.steps}" + ("" if self.complete else " (interrupted)"),
+        }
+
+    __repr__ = Result.__str__
+
+
+def signed_log(t: Tensor, unit: float) -> Tensor:
+    """sign(t) log10(1 + |t| / unit): linear around zero, logarithmic from `unit` on."""
+    return t.sign() * torch.log10(1 + t.abs() / unit)
+
+
+def spectral_density(
+    A: LinearOperator, *, probes: int = 8, steps: int = 80, seed: int = 0, run: Run | None = None
+) -> SpectralDensity:
+    """The eigenvalue distribution of symmetric A from `probes` random vectors and `steps` products with all of them.
+
+    Probes make the error bars small (for a share f of the eigenvalues a probe has variance 2 f (1 - f) / size), steps
+    the resolution: about the range of the bulk divided by `steps`, finer at its ends. One step is one pass over the
+    data. Memory: probes x steps vectors. An interrupt raises Interrupted with the density so far in `.result`.
+
+    >>> density = spectral_density(Diagonal(torch.arange(1.0, 101.0)), probes=2, steps=10)
+    >>> density.weights.sum(1)
+    tensor([1., 1.], dtype=torch.float64)
+    """
+    A = as_operator(A)
+    measurement = Measurement(A, "spectral_density", options={"probes": probes, "steps": steps}, seed=seed, run=run)
+    if not A.symmetric:
+        raise ValueError(f"spectral_density needs a symmetric operator, but got {A!r}.")
+    if probes < 2 or steps < 1:
+        raise ValueError(f"Expected probes >= 2 (for an error bar) and steps >= 1, but got {probes} and {steps}.")
+    starts = A.domain.draw(probes, seed=seed, kind="sphere")
+    krylov = Krylov(measurement, capacity=min(probes * steps, A.shape[0]))
+    krylov.start(starts)
+    first = A.domain.inner(starts, krylov.frontier) / A.shape[0] ** 0.5  # (p, b) the probes in the first block
+    done, largest = 0, krylov.scale
+    try:
+        while krylov.step():
+            done += 1
+            if done % max(1, steps // 10) == 0:  # an eigenproblem: dear beside a cheap product
+                largest = float(torch.linalg.eigvalsh(krylov.projected)[-1])
+            measurement.report(done, steps, f"largest {largest:.5g}")
+            if done == steps or not krylov.extend():
+                break
+    except KeyboardInterrupt as stop:
+        if krylov.multiplied == 0:
+            raise
+        raise Interrupted(_density(krylov, first, done, complete=False)) from stop
+    return _density(krylov, first, max(done, 1), complete=True)
+
+
+def _density(krylov: Krylov, first: Tensor, steps: int, *, complete: bool) -> SpectralDensity:
+    """The quadrature of every probe: squared components of its start vector along the Ritz vectors."""
+    nodes, vectors = torch.linalg.eigh(krylov.projected)
+    residuals = krylov.residuals(vectors)
+    weights = (first @ vectors[: first.shape[1]]).square()
+    weights /= weights.sum(1, keepdim=True)
+    size = krylov.space.size
+    floor = max(krylov.space.eps * float(nodes.abs().max()), krylov.noise)
+    single = _counted(nodes, residuals, probes=len(weights), eps=krylov.space.eps)
+    if len(nodes) == size:
+        single = torch.ones_like(single)  # the basis is complete: every node is an eigenvalue
+    return SpectralDensity(
+        nodes=nodes.cpu(),
+        weights=_with_exact_mass(weights, single, size).cpu(),
+        residuals=residuals.cpu(),
+        single=single.cpu(),
+        size=size,
+        floor=floor,
+        steps=steps,
+        complete=complete,
+        cost=krylov.measurement.cost,
+        origin=krylov.measurement.origin,
+    )
+
+
+def _counted(nodes: Tensor, residuals: Tensor, *, probes: int, eps: float) -> Tensor:
+    """Which nodes are one eigenvalue each: converged, in a cluster smaller than the block.
+
+    A block of p probes sees an eigenvalue at most p times; seen fewer times, it was seen in full.
+    """
+    converged = residuals <= eps**0.5 * nodes.abs()
+    width = residuals + eps**0.5 * nodes.abs()
+    lower = torch.searchsorted(nodes, nodes - width)
+    upper = torch.searchsorted(nodes, nodes + width, right=True)
+    return converged & (upper - lower < probes)
+
+
+def _with_exact_mass(weights: Tensor, single: Tensor, size: int) -> Tensor:
+    """Give every counted eigenvalue its mass 1/size, and scale what each probe has on the rest to fill up to 1.
+
+    Conditional on the found eigenvectors the rest of a probe is uniform on their complement, so the mean stays
+    unbiased, and the large and random masses of outliers leave the error bar.
+    """
+    exact = torch.where(single, 1 / size, 0.0).expand_as(weights)
+    rest = torch.where(single, 0.0, weights)
+    mass = rest.sum(1, keepdim=True)
+    left = 1 - float(single.sum()) / size
+    if single.all():
+        return exact
+    return exact + rest * left / mass

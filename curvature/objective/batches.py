@@ -1,0 +1,183 @@
+"""Data that can be read again and again: the same batches in the same order every time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvature.errors import BadObjective
+from curvature.objective.guard import frozen_randomness
+
+TARGETS = ("labels", "label", "targets", "target", "y")  # the names under which dict batches keep targets
+
+
+@dataclass(frozen=True)
+class Batches:
+    """A re-iterable source of batches; `fixed` when it lies in memory and cannot change between passes.
+
+    Every pass runs from the same random state, so that a shuffling loader repeats its order and random augmentation its
+    draws; the global generators are as before afterwards. What still differs (a loader with a generator of its own) is
+    refused by Objective.check.
+    """
+
+    source: Iterable[Any]
+    fixed: bool = False
+    seed: int = 0
+
+    @classmethod
+    def of(cls, data: Any, *, batch_size: int | None = None) -> Batches:
+        """Batches of a DataLoader (or anything that can be iterated again), a list of batches, or tensors.
+
+        A tuple or dict of tensors is one data set: with `batch_size` it is cut along the first axis, else it is one
+        batch. Raises BadObjective for what can be read only once.
+        """
+        if isinstance(data, Batches):
+            return data
+        if isinstance(data, Tensor) or _of_tensors(data):
+            return cls(_cut(data, batch_size), fixed=True)
+        if isinstance(data, Sequence) and not isinstance(data, str):
+            return cls(data, fixed=isinstance(data, list | tuple))
+        if not isinstance(data, Iterable) or isinstance(data, str):
+            raise BadObjective(
+                f"Data of type {type(data).__name__} cannot be iterated.",
+                "Give a DataLoader, a list of batches, or a tuple (inputs, targets) of tensors.",
+            )
+        if iter(data) is data:
+            raise BadObjective(
+                f"The data ({type(data).__name__}) can be read only once.",
+                "Products read them many times: give list(data), or a DataLoader.",
+            )
+        return cls(data)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.fixed:
+            yield from self.source
+            return
+        iterator = None
+        for index in count():
+            with frozen_randomness(self.seed + index):
+                iterator = iter(self.source) if iterator is None else iterator
+                batch = next(iterator, END)
+            if batch is END:
+                return
+            yield batch
+
+    def digests(self) -> list[str]:
+        """A hash of every batch: equal lists mean equal data in equal order."""
+        return [digest(batch) for batch in self]
+
+
+END = object()
+
+
+def digest(batch: Any) -> str:
+    """A hash of all numbers and texts in a batch, and of how they are nested."""
+    state = hashlib.sha256()
+    _absorb(batch, state.update)
+    return state.hexdigest()
+
+
+def moved(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The batch with every tensor on `device`, and floating-point ones in `dtype`; NumPy arrays become tensors."""
+
+    def move(leaf: Any) -> Any:
+        tensor = torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "fiub" else leaf
+        if not isinstance(tensor, Tensor):
+            return leaf
+        tensor = tensor.to(device, dtype if tensor.is_floating_point() else None)
+        return tensor.clone() if tensor.is_inference() else tensor  # autograd refuses tensors of inference mode
+
+    return mapped(move, batch)
+
+
+def mapped(function: Callable[[Any], Any], batch: Any) -> Any:
+    """The batch with `function` applied to every leaf of its lists, tuples, dicts and dataclasses."""
+    if isinstance(batch, Mapping):
+        items = {key: mapped(function, item) for key, item in batch.items()}
+        return items if type(batch) is dict else _rebuilt(batch, items)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(mapped(function, item) for item in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(mapped(function, item) for item in batch)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return type(batch)(**{f.name: mapped(function, getattr(batch, f.name)) for f in fields(batch)})
+    return function(batch)
+
+
+def leading(batch: Any) -> int | None:
+    """The length of the first axis of the first tensor in the batch, if there is one."""
+    found: list[int] = []
+    mapped(lambda leaf: found.append(len(leaf)) if isinstance(leaf, Tensor) and leaf.ndim else None, batch)
+    return found[0] if found else None
+
+
+def split(batch: Any) -> tuple[Any, Any]:
+    """(inputs, targets) of a batch: the last of a tuple, or what a dict keeps under a usual name, are the targets."""
+    if isinstance(batch, Mapping):
+        name = next((name for name in TARGETS if name in batch), None)
+        if name is None:
+            raise BadObjective(
+                f"A dict batch has no targets: its keys are {', '.join(map(str, batch))}.",
+                f"Name them {' or '.join(TARGETS[:2])}, or use Objective.from_loss.",
+            )
+        return {key: item for key, item in batch.items() if key != name}, batch[name]
+    if isinstance(batch, list | tuple) and len(batch) >= 2:
+        inputs = batch[0] if len(batch) == 2 else tuple(batch[:-1])
+        return inputs, batch[-1]
+    raise BadObjective(
+        f"A batch is (inputs, targets), but a {type(batch).__name__} came.",
+        "Yield pairs or dicts with 'labels', or use Objective.from_loss(model, loss, data).",
+    )
+
+
+def _of_tensors(data: Any) -> bool:
+    leaves = data if isinstance(data, tuple) else data.values() if isinstance(data, Mapping) else ()
+    return bool(leaves) and all(isinstance(leaf, Tensor) for leaf in leaves)
+
+
+def _cut(data: Any, batch_size: int | None) -> list[Any]:
+    """The data set as a list of batches; one batch without `batch_size` or when the first axes differ."""
+    lengths: set[int] = set()
+    mapped(lambda leaf: lengths.add(len(leaf) if leaf.ndim else -1), data)
+    if lengths == {0}:
+        return []
+    if batch_size is None or len(lengths) != 1 or lengths == {-1}:
+        return [data]
+    (length,) = lengths
+    starts = range(0, length, batch_size)
+    return [mapped(lambda leaf, start=start: leaf[start : start + batch_size], data) for start in starts]
+
+
+def _rebuilt(original: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
+    """`items` as the kind of mapping they came in (Hugging Face's BatchEncoding is no dict), if it can be made so."""
+    try:
+        return type(original)(items)  # pyright: ignore[reportCallIssue]
+    except TypeError:
+        return items
+
+
+def _absorb(leaf: Any, update: Callable[[bytes], None]) -> None:
+    if isinstance(leaf, Tensor):
+        update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+        update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(leaf, np.ndarray):
+        update(f"{leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())
+    elif isinstance(leaf, Mapping):
+        for key, item in leaf.items():
+            update(f"{key}:".encode())
+            _absorb(item, update)
+    elif isinstance(leaf, list | tuple):
+        update(f"[{len(leaf)}".encode())
+        for item in leaf:
+            _absorb(item, update)
+    elif is_dataclass(leaf) and not isinstance(leaf, type):
+        _absorb({f.name: getattr(leaf, f.name) for f in fields(leaf)}, update)
+    elif isinstance(leaf, str | bytes | int | float | bool | None):
+        update(repr(leaf).encode())

@@ -1,0 +1,192 @@
+"""The cheap check an objective passes before the first product is believed.
+
+Stock torch returns silently wrong second derivatives in places (backwards that are not differentiable themselves but do
+not say so), and noisy or non-finite objectives give spectra without meaning. On the first batch, at the cost of about
+ten gradients, this finds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from curvature.errors import BadObjective, CurvatureError, NonFinite
+from curvature.objective.batches import moved
+from curvature.objective.products import gradient_graph, hessian_rows
+
+if TYPE_CHECKING:
+    from curvature.objective.objective import Objective
+
+SYMMETRY = {torch.float32: 1e-3, torch.float64: 1e-8}  # healthy networks show 1e-5 and 1e-12
+DIFFERENCE = 1e-2  # products against differences of float64 gradients: healthy ones agree to 1e-6, wrong ones to 0.2
+STEP = 1e-6  # in float64, relative to the norm of the parameters: below the kinks of ReLU, above rounding
+REFUSING = ("torch::autograd::Error", "torch::autograd::NotImplemented", "Error", "NotImplemented")
+TWICE = ("derivative for", "differentiate twice", "double backward")
+FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
+
+
+@dataclass(frozen=True)
+class Health:
+    """What the check found in a healthy objective.
+
+    `rewrites` counts by name what was replaced to be twice differentiable; `unused` are selected parameters the loss
+    does not depend on (their curvature is zero); `difference` is the relative difference between a Hessian product and
+    a finite difference of gradients in float64, None when the model cannot be run in float64.
+    """
+
+    rewrites: Mapping[str, int] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    difference: float | None = None
+
+
+def examine(objective: Objective) -> Health:
+    """The health of `objective`; raises BadObjective or NonFinite, with the fix, when it has none."""
+    for name, tensor in {**objective.params, **objective.frozen, **objective.buffers}.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all() and "mask" not in name:
+            count = int((~torch.isfinite(tensor)).sum())
+            raise NonFinite(
+                f"{name} has {count} of {tensor.numel()} entries that are not finite.",
+                "Load an earlier checkpoint.",
+            )
+    batch = _first_batch(objective)
+    try:
+        with objective.context() as rewrites:
+            objective.function.check(objective.complete(objective.params), batch)
+            _check_value(objective, batch)
+            unused, row, product = _probe(objective, batch)
+        difference = _difference(objective, batch, row, product)
+    except FAILURES as error:
+        raise _explained(error) from error
+    return Health(dict(rewrites), unused, difference)
+
+
+def _first_batch(objective: Objective) -> Any:
+    """The first batch; BadObjective when there is none, or when a second pass over the data differs from the first."""
+    batches = objective.batches
+    first = next(iter(batches), None)
+    if first is None:
+        raise BadObjective("The data is empty: no batch came.", "Check the path and the filters of the data.")
+    if not batches.fixed and batches.digests() != batches.digests():
+        raise BadObjective(
+            "A second pass over the data gave other batches than the first, so products would not be of one matrix.",
+            "Use shuffle=False and fixed augmentation, or pass a list of batches: list(loader).",
+        )
+    return moved(first, objective.space.device, objective.space.dtype)
+
+
+def _check_value(objective: Objective, batch: Any) -> None:
+    """Raise unless the loss of the batch is finite and the same when computed again."""
+    values = []
+    for _ in range(2):
+        with objective.randomness():
+            values.append(float(objective.total(objective.params, batch).detach()))
+    if not torch.isfinite(torch.tensor(values)).all():
+        raise NonFinite(f"The loss of the first batch is {values[0]}.", "Check the data and the weights for overflow.")
+    if values[0] != values[1]:
+        raise BadObjective(
+            f"The loss is random: the first batch gave {values[0]:.6g}, then {values[1]:.6g}.",
+            "Draw random numbers from torch's, Python's or NumPy's global generators, which are fixed here, or not at all.",
+        )
+
+
+def _probe(objective: Objective, batch: Any) -> tuple[tuple[str, ...], Tensor, Tensor]:
+    """Unused parameters, a random vector and the Hessian of the batch times it; raises when that is not symmetric."""
+    space = objective.space
+    with objective.randomness():
+        leaves, grads = gradient_graph(objective, batch)
+    if all(g is None for g in grads):
+        raise BadObjective(
+            "The loss does not depend on the selected parameters.",
+            "Compute it from the model that is passed in, without no_grad, detach or argmax.",
+        )
+    for name, g in zip(leaves, grads, strict=True):
+        if g is not None and not torch.isfinite(g).all():
+            raise NonFinite(f"The gradient with respect to {name} is not finite.", "Check the loss for overflow.")
+    _scan([g for g in grads if g is not None])
+    rows = space.draw(2, seed=objective.seed)
+    products = hessian_rows(space, leaves, grads, rows)
+    forms = space.inner(rows, products)
+    gap, size = float((forms[0, 1] - forms[1, 0]).abs()), float(space.norms(products).sum())
+    if gap > SYMMETRY[space.dtype] * size:
+        raise BadObjective(
+            f"Second derivatives are wrong: the Hessian of the first batch is not symmetric, by {gap / size:.1%}.",
+            "Some backward is not differentiable itself: look for custom autograd Functions.",
+        )
+    unused = tuple(name for name, g in zip(leaves, grads, strict=True) if g is None)
+    return unused, rows[0], products[0]
+
+
+def _scan(grads: Sequence[Tensor]) -> None:
+    """Raise BadObjective when a node in the graph of the gradients refuses to be differentiated.
+
+    Such nodes may hang on detached leaves that the second pass never visits: it then returns wrong numbers silently.
+    """
+    seen: set[Any] = set()
+    stack = [g.grad_fn for g in grads]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() in REFUSING:
+            raise BadObjective(
+                "A backward in the model cannot be differentiated again (once_differentiable, or no derivative known).",
+                "Replace the custom autograd Function or fused kernel by plain torch operations.",
+            )
+        stack.extend(following for following, _ in node.next_functions)
+
+
+def _difference(objective: Objective, batch: Any, row: Tensor, product: Tensor) -> float | None:
+    """How far `product` is from the central difference of float64 gradients along `row`, relative to its norm.
+
+    None when the model does not run in float64. Raises BadObjective when they are too far apart.
+    """
+    precise = objective.to(torch.float64)
+    space, batch = precise.space, moved(batch, objective.space.device, torch.float64)
+    direction = row.double() / torch.linalg.vector_norm(row.double())
+    center = space.flatten(precise.params.values())
+    step = STEP * max(1.0, float(torch.linalg.vector_norm(center)))
+    gradients = []
+    for sign in (1, -1):
+        beside = precise.at(center + sign * step * direction)
+        try:
+            with beside.context(), beside.randomness():
+                leaves = beside.leaves()
+                total = beside.total(leaves, batch)
+                grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        except FAILURES:  # a float32 constant inside the model: not the objective's fault, only less is known
+            return None
+        gradients.append(space.flatten(grads))
+    measured = (gradients[0] - gradients[1]) / (2 * step) * torch.linalg.vector_norm(row.double())
+    gap = torch.linalg.vector_norm(measured - product.double())
+    # rounding of the float32 product and of the difference are no sign of a wrong derivative
+    noise = torch.finfo(objective.space.dtype).eps * torch.linalg.vector_norm(gradients[0]) * row.numel() ** 0.5
+    size = torch.linalg.vector_norm(measured) + noise
+    relative = float(gap / size) if size > 0 else 0.0
+    if relative > DIFFERENCE:
+        raise BadObjective(
+            f"Second derivatives are wrong: a Hessian product of the first batch is {relative:.1%} off the finite "
+            "difference of gradients.",
+            "Some backward is not differentiable itself: look for custom autograd Functions and detach().",
+        )
+    return relative
+
+
+def _explained(error: Exception) -> CurvatureError:
+    """An error of the user's model or loss, or of torch about it, as one sentence of cause and one of fix."""
+    if isinstance(error, CurvatureError):
+        return error
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if any(words in first for words in TWICE):
+        return BadObjective(
+            f"The model has no second derivatives: {first}",
+            "Replace that layer or loss by plain torch operations (attention: the math or eager implementation).",
+        )
+    return BadObjective(
+        f"The model or the loss failed on the first batch: {type(error).__name__}: {first}",
+        "Check that inputs and targets have the shapes and dtypes they expect.",
+    )

@@ -1,0 +1,151 @@
+"""What a model and a loss make of one batch: a sum over terms, and how many terms there are.
+
+Two kinds: a model whose outputs a Loss compares with targets (its curvature has a Gauss-Newton part), and any scalar
+`loss(model, batch)` (Hessian only).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from curvature.errors import BadObjective
+from curvature.objective.batches import leading, split
+from curvature.objective.call import call_with
+from curvature.objective.losses import Loss
+
+Tensors = Mapping[str, Tensor]  # parameters and buffers by name
+
+
+@dataclass(frozen=True)
+class OutputLoss:
+    """loss(model(inputs), targets), the model called with the given tensors in place of its own."""
+
+    module: nn.Module
+    loss: Loss
+
+    @property
+    def name(self) -> str:
+        return repr(self.loss)
+
+    def outputs(self, tensors: Tensors, batch: Any) -> tuple[Tensor, Any]:
+        """(outputs, targets) for the batch."""
+        inputs, targets = split(batch)
+        args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (_positional(inputs), {})
+        return _tensor_of(call_with(self.module, dict(tensors), args, dict(kwargs))), targets
+
+    def total(self, tensors: Tensors, batch: Any) -> Float[Tensor, ""]:
+        """The sum of the loss over the terms of the batch."""
+        return self.loss.total(*self.outputs(tensors, batch))
+
+    def weight(self, batch: Any) -> float:
+        """How many terms the batch has."""
+        return float(self.loss.weight(split(batch)[1]))
+
+    def check(self, tensors: Tensors, batch: Any) -> None:
+        """Raise BadObjective when outputs and targets do not fit the loss."""
+        outputs, targets = self.outputs(tensors, batch)
+        if not outputs.is_floating_point():
+            raise BadObjective(
+                f"The model returned {outputs.dtype} of shape {tuple(outputs.shape)}, which cannot be differentiated.",
+                "Return logits or predictions before argmax or thresholding.",
+            )
+        self.loss.check(outputs, targets)
+
+
+@dataclass(frozen=True)
+class ScalarLoss:
+    """function(model, batch), a mean over `terms(batch)` terms; without `terms` they are counted by `counted`."""
+
+    module: nn.Module
+    function: Callable[[nn.Module, Any], Tensor]
+    terms: Callable[[Any], float] | None = None
+
+    @property
+    def name(self) -> str:
+        return getattr(self.function, "__qualname__", type(self.function).__qualname__)
+
+    def outputs(self, tensors: Tensors, batch: Any) -> tuple[Tensor, Any]:
+        raise BadObjective(
+            f"{self.name} returns a scalar, and a Gauss-Newton matrix needs the model's outputs.",
+            "Build the objective with Objective.of(model, loss, data), or ask for the Hessian.",
+        )
+
+    def total(self, tensors: Tensors, batch: Any) -> Float[Tensor, ""]:
+        """The loss of the batch times its number of terms."""
+        bound = _Bound(self.module, self.function)
+        loss = call_with(bound, {f"module.{name}": t for name, t in tensors.items()}, (batch,), {})
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            came = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise BadObjective(f"The loss must be a scalar tensor, but {came} came.", "Average it: loss.mean().")
+        return loss.reshape(()) * self.weight(batch)
+
+    def weight(self, batch: Any) -> float:
+        """How many terms the batch has; the loss is a mean over them."""
+        return float(self.terms(batch) if self.terms is not None else counted(self.module, batch))
+
+    def check(self, tensors: Tensors, batch: Any) -> None:
+        """Raise BadObjective when the loss is no scalar."""
+        self.total(tensors, batch)
+
+
+def counted(module: nn.Module, batch: Any) -> int:
+    """How many terms a mean loss of this batch is over: labels that are not -100, else the length of the first axis.
+
+    Hugging Face's causal models compare each position with the next label, so that the first label counts for nothing.
+    """
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if isinstance(labels, Tensor) and not labels.is_floating_point():
+        causal = labels.ndim == 2 and type(module).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+        return int(((labels[:, 1:] if causal else labels) != -100).sum())
+    length = leading(batch)
+    if length is None:
+        raise BadObjective(
+            f"How many terms a batch of type {type(batch).__name__} averages over cannot be read from it.",
+            "Pass terms=lambda batch: ... to Objective.from_loss.",
+        )
+    return length
+
+
+class _Bound(nn.Module):
+    """A loss with its model as a submodule, so that the model's tensors can be given by name."""
+
+    def __init__(self, module: nn.Module, function: Callable[[nn.Module, Any], Tensor]) -> None:
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.function(self.module, batch)
+
+
+def _positional(inputs: Any) -> tuple[Any, ...]:
+    return inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+def _tensor_of(outputs: Any) -> Tensor:
+    """The logits or predictions among what a model returned."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Mapping) and "logits" in outputs:
+        return outputs["logits"]
+    logits = getattr(outputs, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    if isinstance(outputs, list | tuple) and outputs and isinstance(outputs[0], Tensor):
+        return outputs[0]
+    raise BadObjective(
+        f"The model returned a {type(outputs).__name__}, in which no output tensor is recognised.",
+        "Return a tensor, something with .logits, or use Objective.from_loss.",
+    )
+
+
+def cast(tensors: Tensors, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Detached copies on `device`, floating-point ones in `dtype`."""
+    return {
+        name: t.detach().to(device, dtype if t.is_floating_point() else None, copy=True) for name, t in tensors.items()
+    }

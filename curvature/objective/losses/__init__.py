@@ -1,0 +1,71 @@
+"""Losses of outputs and targets with closed forms for what curvature needs; one family a file.
+
+A Loss knows its sum over terms, how many terms there are, and its Hessian product with respect to the outputs. Nothing outside this folder asks what kind of loss it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from curvature.errors import BadObjective
+from curvature.objective.losses.classification import CrossEntropy
+from curvature.objective.losses.regression import SquaredError
+
+Offer = Literal["ggn"]
+
+
+class Loss(Protocol):
+    """A loss of outputs and targets that is a sum over terms; the objective is the mean over their weight."""
+
+    @property
+    def offers(self) -> frozenset[Offer]:
+        """What the loss can do beyond its value: "ggn" needs a convex loss and its `hessian_product`."""
+        ...
+
+    def check(self, outputs: Tensor, targets: Any) -> None:
+        """Raise BadObjective when the loss cannot take these."""
+        ...
+
+    def total(self, outputs: Tensor, targets: Any) -> Float[Tensor, ""]:
+        """The sum of the loss over weighted terms."""
+        ...
+
+    def weight(self, targets: Any) -> Float[Tensor, ""]:
+        """What the mean divides by: examples, tokens that are not ignored, the sum of their class weights."""
+        ...
+
+    def hessian_product(self, outputs: Tensor, targets: Any, tangent: Tensor) -> Tensor:
+        """The Hessian of `total` with respect to the outputs, times `tangent`; all shaped like the outputs."""
+        ...
+
+
+NAMES: dict[str, Callable[[], Loss]] = {
+    "cross-entropy": CrossEntropy,
+    "mse": SquaredError,
+}
+
+
+def as_loss(loss: Any) -> Loss:
+    """A Loss from a Loss, a name ("cross-entropy", "mse") or an `nn.*Loss` module; BadObjective when there is none."""
+    if isinstance(loss, str):
+        if loss not in NAMES:
+            raise BadObjective(f"There is no loss called {loss!r}.", f"The names are {', '.join(NAMES)}.")
+        return NAMES[loss]()
+    if isinstance(loss, nn.CrossEntropyLoss):
+        return CrossEntropy.of(loss)
+    if isinstance(loss, nn.MSELoss):
+        return SquaredError.of(loss)
+    if isinstance(loss, type | nn.Module) or not hasattr(loss, "hessian_product"):
+        raise BadObjective(
+            f"{_name(loss)} has no closed-form Hessian here.",
+            "Use Objective.from_loss(model, lambda model, batch: ..., data), which takes any scalar loss.",
+        )
+    return loss
+
+
+def _name(loss: Any) -> str:
+    return getattr(loss, "__name__", type(loss).__name__)

@@ -1,0 +1,303 @@
+"""The function being studied: L(params) = sum of the loss over all terms of the data / number of terms.
+
+Everything downstream (operators, probes, diagnostics) asks an Objective and reads data only through its `average`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from curvature.errors import BadObjective
+from curvature.linalg.operator import Meter
+from curvature.objective.batches import Batches, moved
+from curvature.objective.check import Health, examine
+from curvature.objective.compat import twice_differentiable
+from curvature.objective.function import OutputLoss, ScalarLoss, cast
+from curvature.objective.guard import frozen_randomness, in_mode
+from curvature.objective.losses import Loss, as_loss
+from curvature.objective.params import ParamSpace, Select, chosen
+
+Mode = Literal["eval", "train"]
+
+BATCH = 256  # examples at a time when whole tensors are given: bounds memory, changes no number
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss as a function of the selected parameters, on fixed data, in a stated mode.
+
+    `params` are the selected parameters, `frozen` the others and `buffers` the buffers of the model: detached copies of
+    their values when the objective was made. The module itself is never written to: mode, buffers,
+    gradients and random generators are as before after any call. In "train" mode batch normalisation uses the
+    statistics of each batch, which makes the objective depend on how the data is cut, and dropout a fixed mask.
+    """
+
+    function: OutputLoss | ScalarLoss
+    params: Mapping[str, Tensor]
+    frozen: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    batches: Batches
+    mode: Mode = "eval"
+    seed: int = 0
+    meter: Meter = field(default_factory=Meter, compare=False)
+    _health: list[Health] = field(default_factory=list, repr=False, compare=False)  # empty, or what the check found
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        loss: Loss | nn.Module | str,
+        data: Any,
+        *,
+        select: Select | None = None,
+        mode: Mode = "eval",
+        dtype: torch.dtype | None = None,
+        batch_size: int | None = BATCH,
+        seed: int = 0,
+    ) -> Objective:
+        """The objective of a model whose outputs `loss` compares with targets.
+
+        `loss` is a Loss, an `nn.*Loss` module or a name; `data` a DataLoader, a list of batches, or a tuple (inputs,
+        targets) of tensors, read `batch_size` examples at a time. A batch is (inputs, targets), or a dict whose
+        "labels" (or "targets") are compared and whose rest are keywords of the model. `select` names parameters by
+        globs or a predicate; all trainable ones by default. `dtype` is that of the computation: by default that of the
+        parameters, float32 for half precision. Raises BadObjective, before anything is computed.
+        """
+        return cls._make(
+            module, OutputLoss(_unwrapped(module), as_loss(loss)), Batches.of(data, batch_size=batch_size),
+            select, mode, dtype, seed,
+        )  # fmt: skip
+
+    @classmethod
+    def from_loss(
+        cls,
+        module: nn.Module,
+        loss: Callable[[nn.Module, Any], Tensor],
+        data: Any,
+        *,
+        terms: Callable[[Any], float] | None = None,
+        select: Select | None = None,
+        mode: Mode = "eval",
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> Objective:
+        """The objective of any scalar `loss(module, batch)`, a mean over `terms(batch)` terms. Hessian only.
+
+        Without `terms` a batch counts by its labels that are not -100, else by the length of its first axis. `data` is
+        a DataLoader, a list of batches, or one batch of tensors, which is never cut: the loss may couple its examples.
+        """
+        function = ScalarLoss(_unwrapped(module), loss, terms)
+        return cls._make(module, function, Batches.of(data), select, mode, dtype, seed)
+
+    @classmethod
+    def _make(
+        cls,
+        module: nn.Module,
+        function: OutputLoss | ScalarLoss,
+        batches: Batches,
+        select: Select | None,
+        mode: Mode,
+        dtype: torch.dtype | None,
+        seed: int,
+    ) -> Objective:
+        if mode not in ("eval", "train"):
+            raise ValueError(f"mode is 'eval' or 'train', but got {mode!r}.")
+        params = chosen(function.module, select)
+        _check_placement(params)
+        device = next(iter(params.values())).device
+        working = dtype or _working_dtype(params)
+        frozen = {name: p for name, p in function.module.named_parameters() if name not in params}
+        return cls(
+            function=function,
+            params=cast(params, device, working),
+            frozen=cast(frozen, device, working),
+            buffers=cast(dict(function.module.named_buffers()), device, working),
+            batches=replace(batches, seed=seed),
+            mode=mode,
+            seed=seed,
+        )
+
+    @cached_property
+    def space(self) -> ParamSpace:
+        """The space of flat parameter vectors."""
+        return ParamSpace.of(self.params)
+
+    def average(self, term: Callable[[Any], Tensor]) -> Tensor:
+        """The sum of `term(batch)` over the data divided by the number of terms: the only loop over the data.
+
+        `term` sees each batch on the device and in the dtype of the parameters, inside the context in which models are
+        called, from a random state that depends only on `seed` and the place of the batch.
+        """
+        total, weight = None, 0.0
+        with self.context():
+            for index, batch in enumerate(self.batches):
+                batch = moved(batch, self.space.device, self.space.dtype)
+                with self.randomness(index):
+                    value = term(batch)
+                    weight += self.function.weight(batch)
+                total = value if total is None else total + value
+        self.meter.passes += 1
+        if total is None or weight == 0:
+            raise BadObjective(
+                "The data has no terms: no batch came, or every target is ignored.",
+                "Check the path and the filters.",
+            )
+        return total / weight
+
+    def total(self, tensors: Mapping[str, Tensor], batch: Any) -> Float[Tensor, ""]:
+        """The sum of the loss over the terms of a batch, with `tensors` as the selected parameters."""
+        return self.function.total(self.complete(tensors), batch)
+
+    def outputs(self, tensors: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, Any]:
+        """The model's outputs for a batch, and its targets; BadObjective when the loss is a bare scalar."""
+        return self.function.outputs(self.complete(tensors), batch)
+
+    def value(self) -> float:
+        """L at the parameters."""
+
+        def term(batch: Any) -> Tensor:
+            return self.total(self.params, batch).detach().double()  # no_grad would break losses with input derivatives
+
+        return float(self.average(term))
+
+    def gradient(self) -> Float[Tensor, " n"]:
+        """The gradient of L at the parameters, flat."""
+        leaves = self.leaves()
+
+        def term(batch: Any) -> Tensor:
+            total = self.total(leaves, batch)
+            grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+            return self.space.flatten(grads)
+
+        return self.average(term)
+
+    def leaves(self) -> dict[str, Tensor]:
+        """The parameters as fresh leaves of a graph."""
+        return {name: p.detach().requires_grad_() for name, p in self.params.items()}
+
+    def at(self, params: Float[Tensor, " n"] | Mapping[str, Tensor]) -> Objective:
+        """The same function at other parameters, given flat or by name."""
+        named = self.space.named(params) if isinstance(params, Tensor) else params
+        moved_to = {name: named[name].detach().to(p.device, p.dtype, copy=True) for name, p in self.params.items()}
+        return replace(self, params=moved_to)
+
+    def on(self, data: Any, *, batch_size: int | None = BATCH) -> Objective:
+        """The same function on other data, not checked again."""
+        cut = batch_size if isinstance(self.function, OutputLoss) else None
+        return replace(self, batches=replace(Batches.of(data, batch_size=cut), seed=self.seed))
+
+    def to(self, dtype: torch.dtype) -> Objective:
+        """The same function, computed in another dtype."""
+        groups = {name: cast(getattr(self, name), self.space.device, dtype) for name in ("params", "frozen", "buffers")}
+        return replace(self, **groups)
+
+    def with_state(self, state: Mapping[str, Tensor]) -> Objective:
+        """The same function with the tensors of a state_dict, buffers included; strict about names and shapes."""
+        module = self.function.module
+        names = {id(t): name for name, t in (*module.named_parameters(), *module.named_buffers())}
+        slots = {key: names[id(t)] for key, t in module.state_dict(keep_vars=True).items() if id(t) in names}
+        own = {**self.params, **self.frozen, **self.buffers}
+        missing, unexpected = slots.keys() - state.keys(), state.keys() - slots.keys()
+        wrong = {key for key in slots.keys() & state.keys() if own[slots[key]].shape != state[key].shape}
+        if missing or unexpected or wrong:
+            raise BadObjective(
+                f"The weights do not fit the model: {len(missing)} missing, {len(unexpected)} unexpected, {len(wrong)} "
+                f"of another shape, such as {', '.join(sorted(missing | unexpected | wrong)[:3])}.",
+                "Give the architecture that the weights were saved from.",
+            )
+        fresh = cast({slots[key]: state[key] for key in slots}, self.space.device, self.space.dtype)
+        return replace(
+            self,
+            params={name: fresh.get(name, t) for name, t in self.params.items()},
+            frozen={name: fresh.get(name, t) for name, t in self.frozen.items()},
+            buffers={name: fresh.get(name, t) for name, t in self.buffers.items()},
+            _health=[],
+        )
+
+    def check(self) -> Health:
+        """What a cheap probe finds: finite, deterministic, twice differentiable. Done once; operators call it before
+        their first product. Raises BadObjective or NonFinite with the fix."""
+        if not self._health:
+            self._health.append(examine(self))
+        return self._health[0]
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of the values of all parameters and buffers, and of the data."""
+        model = hashlib.sha256()
+        for name, tensor in sorted({**self.params, **self.frozen, **self.buffers}.items()):
+            model.update(name.encode())
+            model.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        data = hashlib.sha256("".join(self.batches.digests()).encode())
+        return {"model": model.hexdigest(), "data": data.hexdigest()}
+
+    def save(self, path: str | Path) -> Path:
+        """Write a file from which `Objective.load` and the command line rebuild this objective.
+
+        A model of stock torch.nn layers is stored as data; of any other only the path of its class, which is imported
+        only where that is trusted. Data in memory are stored, other data must be given again when loading.
+        """
+        from curvature.objective.storage import save
+
+        return save(self, Path(path))
+
+    def randomness(self, index: int = 0) -> AbstractContextManager[None]:
+        """The random state in which batch number `index` is computed."""
+        return frozen_randomness(self.seed + index)
+
+    @contextmanager
+    def context(self) -> Iterator[Counter[str]]:
+        """The state every model call runs in; whatever it changes is restored. Yields what compat rewrote."""
+        module = self.function.module
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(self.space.device.type, enabled=False),
+            in_mode(module, self.mode == "train"),
+            twice_differentiable(module) as rewrites,
+        ):
+            yield rewrites
+
+    def complete(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`tensors` and everything else the model computes with; buffers as copies that a call may write to."""
+        return {**self.frozen, **{name: t.clone() for name, t in self.buffers.items()}, **tensors}
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The eager module inside wrappers that cannot be differentiated twice: torch.compile's and DDP's."""
+    while type(module).__name__ in ("OptimizedModule", "DistributedDataParallel", "DataParallel"):
+        inner = "_orig_mod" if type(module).__name__ == "OptimizedModule" else "module"
+        module = getattr(module, inner)
+    return module
+
+
+def _check_placement(params: Mapping[str, nn.Parameter]) -> None:
+    """Raise BadObjective unless all parameters hold numbers on one device."""
+    for name, p in params.items():
+        if isinstance(p, nn.parameter.UninitializedParameter) or p.device.type == "meta":
+            raise BadObjective(
+                f"The parameter {name} has no values yet.",
+                "Run one batch through lazy layers, or load the weights.",
+            )
+    devices = sorted({str(p.device) for p in params.values()})
+    if len(devices) > 1:
+        raise BadObjective(
+            f"The parameters lie on {', '.join(devices)}.",
+            "Move the model to one device, or select= those of one.",
+        )
+
+
+def _working_dtype(params: Mapping[str, nn.Parameter]) -> torch.dtype:
+    """float64 if any parameter has it, else float32: half precision is too coarse for second derivatives."""
+    return torch.float64 if any(p.dtype == torch.float64 for p in params.values()) else torch.float32

@@ -1,0 +1,78 @@
+"""The map between flat vectors and the named parameters of a model, and the choice of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from curvature.errors import BadObjective
+from curvature.linalg.space import Space
+
+Select = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
+
+
+@dataclass(frozen=True)
+class ParamSpace(Space):
+    """Flat vectors over named tensors: one after another in the order of `names`, each flattened row-major."""
+
+    names: tuple[str, ...] = ()
+    shapes: tuple[torch.Size, ...] = field(default=())
+
+    @classmethod
+    def of(cls, params: Mapping[str, Tensor]) -> ParamSpace:
+        """The space of vectors shaped like `params`, which are of one dtype on one device."""
+        first = next(iter(params.values()))
+        return cls(
+            size=sum(p.numel() for p in params.values()),
+            dtype=first.dtype,
+            device=first.device,
+            names=tuple(params),
+            shapes=tuple(p.shape for p in params.values()),
+        )
+
+    def flatten(self, tensors: Iterable[Tensor]) -> Float[Tensor, " n"]:
+        """One vector of tensors given in the order of `names`."""
+        return torch.cat([t.reshape(-1) for t in tensors])
+
+    def unflatten(self, row: Float[Tensor, " n"]) -> list[Tensor]:
+        """The tensors whose entries `row` holds, as views, in the order of `names`."""
+        pieces = row.split([shape.numel() for shape in self.shapes])
+        return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+
+    def named(self, row: Float[Tensor, " n"]) -> dict[str, Tensor]:
+        """The same by name."""
+        return dict(zip(self.names, self.unflatten(row), strict=True))
+
+
+def chosen(module: nn.Module, select: Select | None) -> dict[str, nn.Parameter]:
+    """The trainable parameters of `module` that `select` names: a glob, several, or a predicate (None: all).
+
+    Raises BadObjective when that leaves none.
+    """
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise BadObjective(
+            "The model has no trainable parameters.",
+            "Unfreeze some with requires_grad_(True); quantised models need their float original.",
+        )
+    matches = _predicate(select)
+    kept = {name: p for name, p in trainable.items() if matches(name, p)}
+    if not kept:
+        shown = ", ".join(list(trainable)[:5])
+        raise BadObjective(
+            f"No trainable parameter matches {select!r}.",
+            f"The names are {shown}, ... ({len(trainable)} in all).",
+        )
+    return kept
+
+
+def _predicate(select: Select | None) -> Callable[[str, nn.Parameter], bool]:
+    if callable(select):
+        return select
+    globs = ["*"] if select is None else [select] if isinstance(select, str) else list(select)
+    return lambda name, _: any(fnmatchcase(name, glob) for glob in globs)

@@ -1,0 +1,1 @@
+"""Curvature matrices of an objective, one function each: Objective -> LinearOperator."""

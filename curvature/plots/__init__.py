@@ -1,0 +1,44 @@
+"""Pictures of results, with matplotlib: the only importer of it. A plot draws what a result holds and computes nothing.
+
+Needs the extra `plot`; importing this module without matplotlib raises an error that says so.
+"""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from typing import TYPE_CHECKING, Any
+
+from curvature.linalg.eigen import Eigenpairs
+from curvature.linalg.spectrum import SpectralDensity
+from curvature.plots.style import new_axes
+from curvature.result import Estimate, Result
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@singledispatch
+def plot(result: Result, ax: Axes | None = None, **style: Any) -> Axes:
+    """Draw `result` on `ax`, or on new axes, and return the axes; TypeError for a kind that has no picture."""
+    raise TypeError(f"{type(result).__name__} has no picture. Draw its fields: {', '.join(result.arrays())}.")
+
+
+@plot.register
+def _(result: SpectralDensity, ax: Axes | None = None, **style: Any) -> Axes:
+    from curvature.plots.spectrum import draw_density
+
+    return draw_density(result, new_axes() if ax is None else ax, **style)
+
+
+@plot.register
+def _(result: Eigenpairs, ax: Axes | None = None, **style: Any) -> Axes:
+    from curvature.plots.spectrum import draw_eigenvalues
+
+    return draw_eigenvalues(result, new_axes() if ax is None else ax, **style)
+
+
+@plot.register
+def _(result: Estimate, ax: Axes | None = None, **style: Any) -> Axes:
+    from curvature.plots.spectrum import draw_estimate
+
+    return draw_estimate(result, new_axes() if ax is None else ax, **style)

@@ -1,0 +1,125 @@
+"""Spectra: the density of the bulk with its error band, outliers as labelled sticks, the noise floor."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from curvature.linalg.eigen import Eigenpairs
+from curvature.linalg.spectrum import SpectralDensity
+from curvature.plots.style import BLACK, BLUE, GREY, ORANGE
+from curvature.result import Estimate, student_quantile
+
+POINTS = 800
+LABELS = 6  # outliers that get their value written beside them
+
+
+def draw_density(result: SpectralDensity, ax: Axes, *, color: str = BLUE, label: str = "bulk", **style: Any) -> Axes:
+    """Mass per unit of a signed logarithmic axis, on a logarithmic scale, down to half an eigenvalue."""
+    unit, lowest = result.unit, 0.5 / result.size
+    _signed_log_axis(ax, unit, result.nodes[0].item(), result.nodes[-1].item())
+    low, high = ax.get_xlim()
+    s = np.linspace(_forward(np.array(low), unit), _forward(np.array(high), unit), POINTS)
+    t = _backward(s, unit)
+    density = result.density(torch.from_numpy(t))
+    mean, stderr = density.value.numpy(), density.stderr.numpy()
+    half = stderr * student_quantile(0.95, density.dof)
+    ax.set_yscale("log")
+    ax.fill_between(t, np.maximum(mean - half, lowest / 10), mean + half + lowest / 10, color=color, alpha=0.3, lw=0,
+                    label="95 % band")  # fmt: skip
+    ax.plot(t, np.maximum(mean, lowest / 10), color=color, lw=1.5, label=label, **style)
+    _draw_sticks(result, ax, lowest)
+    ax.axvspan(-result.floor, result.floor, color=GREY, alpha=0.5, lw=1, zorder=0,
+               label=f"noise floor ±{result.floor:.0e}")  # fmt: skip
+    _name_negative(result, ax)
+    ax.set_ylim(lowest, 3 * max(mean.max(), 1 / result.size))
+    ax.set_xlabel("eigenvalue (signed logarithmic axis)")
+    ax.set_ylabel("share of eigenvalues per decade")
+    ax.set_title(_title(result), fontsize="medium")
+    ax.legend(fontsize="small", frameon=False, loc="upper right")
+    return ax
+
+
+def draw_eigenvalues(result: Eigenpairs, ax: Axes, *, color: str = BLUE, **style: Any) -> Axes:
+    """Each eigenvalue with its residual as the error bar, in the order asked for."""
+    index = np.arange(1, len(result.values) + 1)
+    ax.axhline(0, color=GREY, lw=0.8)
+    ax.errorbar(index, result.values.cpu().numpy(), yerr=result.residuals.cpu().numpy(), fmt="o", color=color,
+                capsize=3, **style)  # fmt: skip
+    ax.xaxis.set_major_locator(FixedLocator(index.tolist()))
+    ax.set_xlabel("order")
+    ax.set_ylabel("eigenvalue ± residual")
+    return ax
+
+
+def draw_estimate(result: Estimate, ax: Axes, *, color: str = BLUE, level: float = 0.95, **style: Any) -> Axes:
+    """Each value with its confidence interval."""
+    value = result.value.reshape(-1).numpy()
+    low, high = (bound.reshape(-1).numpy() for bound in result.interval(level))
+    index = np.arange(len(value))
+    ax.errorbar(index, value, yerr=[value - low, high - value], fmt="o", color=color, capsize=3, **style)
+    ax.xaxis.set_major_locator(FixedLocator(index.tolist()) if len(index) < 30 else ax.xaxis.get_major_locator())
+    ax.set_ylabel(f"{result.origin.question}, {level:.0%} interval")
+    return ax
+
+
+def _draw_sticks(result: SpectralDensity, ax: Axes, lowest: float) -> None:
+    """Outliers stand one eigenvalue high; the largest in magnitude carry their value."""
+    outliers = result.outliers.numpy()
+    if not len(outliers):
+        return
+    ax.vlines(outliers, lowest, 1 / result.size, color=ORANGE, lw=1.2,
+              label=f"{len(outliers)} outliers, one eigenvalue each")  # fmt: skip
+    ax.plot(outliers, np.full(len(outliers), 1 / result.size), "o", color=ORANGE, ms=3)
+    shown = outliers[np.argsort(-np.abs(outliers))][:LABELS]
+    gap, last = 0.0, math.inf
+    for value in sorted(shown, reverse=True):
+        place = float(_forward(np.array(value), result.unit))
+        gap = gap + 1 if last - place < 0.12 else 0
+        last = place
+        ax.annotate(f"{value:.3g}", (value, 1 / result.size), (2, 6 + 10 * gap), textcoords="offset points",
+                    fontsize="x-small", color=BLACK, ha="center")  # fmt: skip
+
+
+def _name_negative(result: SpectralDensity, ax: Axes) -> None:
+    negative = result.negative
+    share, error = 100 * negative.value.item(), 100 * negative.stderr.item()
+    text = f"{share:.2g} % ± {error:.1g} % negative" if share else "none negative"
+    ax.axvline(0, color=GREY, lw=0.8)
+    ax.text(0.02, 0.97, text, transform=ax.transAxes, va="top", fontsize="small", color=BLACK)
+
+
+def _title(result: SpectralDensity) -> str:
+    operator = result.origin.operator
+    parts = [str(operator.get("operator", "operator")), f"{result.size:,} eigenvalues"]
+    parts += [f"{len(result.weights)} probes x {result.steps} steps", str(operator.get("dtype", ""))]
+    return ", ".join(part for part in parts if part) + ("" if result.complete else ", interrupted")
+
+
+def _signed_log_axis(ax: Axes, unit: float, low: float, high: float) -> None:
+    """A scale that is linear within `unit` of zero and logarithmic beyond, with a tick at every other decade."""
+    ax.set_xscale("function", functions=(lambda t: _forward(t, unit), lambda s: _backward(s, unit)))
+    edges = [float(_forward(np.array(t), unit)) for t in (min(low, 0.0), max(high, 0.0))]
+    margin = 0.06 * (edges[1] - edges[0]) + 0.1
+    ax.set_xlim(*(float(_backward(np.array(s), unit)) for s in (edges[0] - margin, edges[1] + margin)))
+    top = math.floor(math.log10(max(abs(low), abs(high))))
+    decades = [10.0**k for k in range(math.ceil(math.log10(unit)), top + 1)]
+    ticks = [-t for t in decades if -t >= low * 1.5] + [0.0] + [t for t in decades if t <= high * 1.5]
+    ax.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(
+        FuncFormatter(lambda t, _: "0" if t == 0 else f"{t:.0e}".replace("e-0", "e-").replace("e+0", "e"))
+    )
+
+
+def _forward(t: np.ndarray, unit: float) -> np.ndarray:
+    return np.sign(t) * np.log10(1 + np.abs(t) / unit)
+
+
+def _backward(s: np.ndarray, unit: float) -> np.ndarray:
+    return np.sign(s) * unit * (10 ** np.abs(s) - 1)

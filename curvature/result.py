@@ -1,0 +1,244 @@
+"""What a measurement returns: values with their error, what they cost, and what is needed to obtain them again.
+
+A result is a frozen dataclass of tensors and plain values. On disk it is a folder: `result.json` for people and
+programs, `arrays.safetensors` with every tensor bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvature.errors import BadFile
+from curvature.io.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SCHEMA = 1
+LISTED = 1000  # tensors of up to so many entries are written out in result.json; larger ones by name only
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a measurement took: `products` with its operator, `passes` over the data, `seconds` of wall time, and
+    `peak_bytes`, the most memory the process had held by its end (of the device for CUDA tensors)."""
+
+    products: int = 0
+    passes: int = 0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+    def __str__(self) -> str:
+        passes = f"{self.passes} passes over the data, " if self.passes else ""
+        return f"{self.products} products, {passes}{self.seconds:.1f} s, peak {self.peak_bytes / 2**20:.0f} MiB"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What is needed to obtain a result again: the question with its options and seed, the operator with the
+    fingerprints of its model and data, and the versions and thread count in force."""
+
+    question: str
+    options: dict[str, Any]
+    seed: int | None
+    operator: dict[str, Any]
+    threads: int = field(default_factory=torch.get_num_threads)
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide about bits: of this package, torch, NumPy and Python."""
+    try:
+        own = importlib.metadata.version("curvature-toolkit")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree that was never installed
+        own = "uninstalled"
+    return {
+        "curvature": own,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Frozen values, their cost and their origin."""
+
+    cost: Cost
+    origin: Origin
+
+    def summary(self) -> dict[str, str]:
+        """Label -> text: what a person wants to read first. Tables and the notebook view are made of it."""
+        return {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: small tensors as lists, larger ones as {"array": name, "shape", "dtype"}; not-a-number and
+        infinities as null."""
+        body = {f.name: _plain(getattr(self, f.name), f.name) for f in fields(self)}
+        return {"kind": type(self).__name__, "schema": SCHEMA, **body}
+
+    def arrays(self) -> dict[str, Tensor]:
+        """Every tensor of the result by its field's name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def save(self, folder: str | Path) -> Path:
+        """Write result.json and arrays.safetensors into `folder`, made if need be; returns the folder."""
+        import safetensors.torch
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in self.arrays().items()})
+        written = {
+            **self.to_dict(),
+            "arrays": {"file": "arrays.safetensors", "sha256": hashlib.sha256(arrays).hexdigest()},
+        }
+        text = json.dumps(written, indent=1, allow_nan=False)
+        write_atomically(folder / "arrays.safetensors", arrays)
+        write_atomically(folder / "result.json", (text + "\n").encode())
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """The result that was saved in `folder`; BadFile when it is not one, was changed, or is of another kind."""
+        import safetensors.torch
+
+        path = Path(folder) / "result.json"
+        try:
+            written = json.loads(path.read_text(encoding="utf-8"))
+            arrays = (path.parent / written["arrays"]["file"]).read_bytes()
+            kind, digest = written["kind"], written["arrays"]["sha256"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadFile(f"{path} is not a saved result: {error}.", "Give the folder that `save` wrote.") from error
+        if hashlib.sha256(arrays).hexdigest() != digest:
+            raise BadFile(f"The arrays beside {path} are not those it was saved with.", "Measure again.")
+        classes = {c.__name__: c for c in (cls, *_subclasses(cls))}
+        if kind not in classes:
+            raise BadFile(f"{path} holds a {kind}, not a {cls.__name__}.", "Use curvature.load(folder).")
+        tensors = safetensors.torch.load(arrays)
+        values = {
+            f.name: tensors.get(f.name, written.get(f.name))
+            for f in fields(classes[kind])
+            if f.name not in ("cost", "origin")
+        }
+        return classes[kind](**values, cost=Cost(**written["cost"]), origin=Origin(**written["origin"]))
+
+    def plot(self, ax: Axes | None = None, **style: Any) -> Axes:
+        """Draw the result on `ax`, or on new axes; needs the extra `plot` (matplotlib)."""
+        from curvature.plots import (
+            plot,
+        )  # the one upward import: a result knows that it can be drawn, not how
+
+        return plot(self, ax, **style)
+
+    def __str__(self) -> str:
+        width = max((len(label) for label in self.summary()), default=0)
+        lines = [f"{label:<{width}}  {text}" for label, text in self.summary().items()]
+        return "\n".join([*lines, f"[{self.cost}]"])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(label)}</th>"
+            f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
+            for label, text in self.summary().items()
+        )
+        head = f"{type(self).__name__} of {self.origin.operator.get('operator', 'an operator')}"
+        return (
+            f"<table><caption style='text-align:left'><b>{html.escape(head)}</b></caption>{rows}</table>"
+            f"<small>{html.escape(str(self.cost))}</small>"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Estimate(Result):
+    """A value with its standard error.
+
+    `value` and `stderr` have one shape; `samples` independent draws stand behind them, with `dof` degrees of freedom,
+    both 0 when the value is exact. `floor` bounds the rounding of the operator's dtype and is added to every interval.
+    """
+
+    value: Tensor
+    stderr: Tensor
+    samples: int
+    dof: float
+    floor: float = 0.0
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """The confidence interval at `level`: Student's t with `dof` degrees of freedom, and the rounding floor."""
+        if not 0 < level < 1:
+            raise ValueError(f"A confidence level lies between 0 and 1, but got {level}.")
+        half = self.stderr * student_quantile(level, self.dof) + self.floor
+        return self.value - half, self.value + half
+
+    def summary(self) -> dict[str, str]:
+        label = self.origin.question
+        if self.value.ndim:
+            return {label: f"{tuple(self.value.shape)} values, median stderr {self.stderr.median().item():.2g}"}
+        if self.dof == 0:
+            return {label: f"{self.value.item():.8g} (exact)"}
+        low, high = (bound.item() for bound in self.interval())
+        return {
+            label: with_error(self.value.item(), self.stderr.item()),
+            "95 % interval": f"[{low:.5g}, {high:.5g}]",
+            "samples": str(self.samples),
+        }
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+    __repr__ = Result.__str__
+
+
+def student_quantile(level: float, dof: float) -> float:
+    """Half-width in standard errors of the two-sided interval at `level`: 0 when exact, infinite below one degree."""
+    import scipy.special
+
+    if dof == 0:
+        return 0.0
+    return float(scipy.special.stdtrit(dof, 0.5 + level / 2)) if dof >= 1 else math.inf
+
+
+def with_error(value: float, stderr: float) -> str:
+    """'12.34 ± 0.56': the value to the second digit of its standard error."""
+    if not (math.isfinite(value) and math.isfinite(stderr)) or stderr == 0:
+        return f"{value:.6g} ± {stderr:.2g}"
+    digits = max(0, min(12, math.floor(math.log10(max(abs(value), stderr))) - math.floor(math.log10(stderr)) + 1))
+    return f"{value:.{digits + 1}g} ± {stderr:.2g}"
+
+
+def _subclasses(cls: type[Result]) -> Iterator[type[Result]]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+def _plain(value: Any, name: str) -> Any:
+    """`value` as JSON knows it; tensors too large to list are named."""
+    if isinstance(value, Tensor):
+        if value.numel() <= LISTED:
+            return _plain(value.tolist(), name)
+        return {"array": name, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, Cost | Origin):
+        return {f.name: _plain(getattr(value, f.name), name) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, name) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, name) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str | bool | int | None):
+        return value
+    return str(value)

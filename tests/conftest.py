@@ -1,0 +1,18 @@
+"""Every test: two threads, a fixed global seed, and the shared zoo on the path."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `import objectives` and `import untouched`
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Draws from the global generator repeat; threads are few, so that timings and bits do not depend on the machine."""
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
