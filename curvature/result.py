@@ -75,10 +75,11 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Frozen values, their cost and their origin."""
+    """Frozen values, their cost and their origin; `complete` is false when the measurement was interrupted."""
 
     cost: Cost
     origin: Origin
+    complete: bool = True
 
     def summary(self) -> dict[str, str]:
         """Label -> text: what a person wants to read first. Tables and the notebook view are made of it."""

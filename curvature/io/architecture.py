@@ -26,7 +26,7 @@ MAX_LAYERS = 10_000
 MAX_DEPTH = 32
 
 _KEYS = {"class", "args", "children", "training", "frozen"}
-_TRUST = "Pass --trust if you trust its author, or use torch.save(model.state_dict(), path) and --arch FILE.py:NAME."
+_TRUST = "Pass --trust if you trust its author, or save model.state_dict() and pass --arch FILE.py:NAME."
 
 
 def describe(module: nn.Module) -> dict[str, Any] | None:
@@ -73,7 +73,7 @@ def stock_globals() -> list[type[nn.Module]]:
 
 
 def load_stock(path: str | PathLike[str]) -> nn.Module:
-    """The stock module pickled in the file, rebuilt from its description: nothing else in the pickle survives.
+    """The stock module pickled in the file, rebuilt from its description: nothing else in it survives.
 
     Values, dtypes, training flags and frozen parameters are kept. UnsafeFile when it uses other classes
     or does more than its layers; BadFile when it is damaged or holds no module.

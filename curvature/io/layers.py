@@ -123,9 +123,11 @@ def _is_as_in(fresh: nn.Module, name: str, value: Any) -> bool:
 
 def _facts(tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
     """What a freshly made layer must reproduce of its tensors."""
-    return {
-        name: t if t is None else (type(t), t.shape, t.dtype, bool(t._backward_hooks)) for name, t in tensors.items()
-    }
+    facts = {}
+    for name, tensor in tensors.items():
+        hooked = tensor is not None and bool(tensor._backward_hooks)
+        facts[name] = None if tensor is None else (type(tensor), tensor.shape, tensor.dtype, hooked)
+    return facts
 
 
 @cache

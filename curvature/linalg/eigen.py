@@ -181,6 +181,7 @@ def _eigenpairs(krylov: Krylov, k: int, which: Which, rtol: float, *, measured: 
         vectors=rows,
         residuals=residuals,
         converged=residuals <= _tolerance(krylov, values, rtol),
+        complete=measured,
         cost=krylov.measurement.cost,
         origin=krylov.measurement.origin,
     )

@@ -29,8 +29,7 @@ class SpectralDensity(Result):
 
     `nodes` are the Ritz values, ascending, `residuals` theirs; `weights` the mass every probe gives them, rows summing
     to 1. Where `single` is true a node is one eigenvalue, converged and counted: its mass is exactly 1/size. Eigenvalues
-    within `floor` of zero are rounding noise of the products. `steps` block steps were done; `complete` is false when
-    the run was interrupted before the last.
+    within `floor` of zero are rounding noise of the products. `steps` block steps were done.
     """
 
     nodes: Float[Tensor, " d"]
@@ -40,7 +39,6 @@ class SpectralDensity(Result):
     size: int
     floor: float
     steps: int
-    complete: bool = True
 
     def mean(self, function: Callable[[Tensor], Tensor]) -> Estimate:
         """The mean of `function` over all eigenvalues, (1/size) tr f(A), with its standard error over probes.

@@ -133,17 +133,20 @@ def _averaged(
     except KeyboardInterrupt as stop:
         if len(samples) < 2:
             raise
-        raise Interrupted(_mean(measurement, head, samples, square)) from stop
+        raise Interrupted(_mean(measurement, head, samples, square, complete=False)) from stop
     return _mean(measurement, head, samples, square)
 
 
-def _mean(measurement: Measurement, head: float, samples: Tensor, square: float) -> Estimate:
+def _mean(
+    measurement: Measurement, head: float, samples: Tensor, square: float, *, complete: bool = True
+) -> Estimate:
     return Estimate(
         value=head + samples.mean(),
         stderr=samples.std() / len(samples) ** 0.5,
         samples=len(samples),
         dof=len(samples) - 1,
         floor=measurement.operator.domain.eps * square**0.5,
+        complete=complete,
         cost=measurement.cost,
         origin=measurement.origin,
     )

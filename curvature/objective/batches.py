@@ -15,6 +15,7 @@ from torch import Tensor
 from curvature.errors import BadObjective
 from curvature.objective.guard import frozen_randomness
 
+BATCH = 256  # examples at a time when whole tensors are given: bounds memory, changes no number
 TARGETS = ("labels", "label", "targets", "target", "y")  # the names under which dict batches keep targets
 
 

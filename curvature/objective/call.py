@@ -71,8 +71,12 @@ def _swapped(slots: list[_Slot], tensors: Mapping[str, Tensor]) -> Iterator[None
     """`tensors` in their slots and wherever else the tensors from there appear; then all is as before."""
     swaps = {id(slot.value): tensors[slot.path] for slot in slots if slot.path in tensors}
 
-    def new(value: Any) -> Any:  # the weights of a recurrent layer also appear in a list
-        return [new(item) for item in value] if isinstance(value, list) else swaps.get(id(value), value)
+    def new(value: Any) -> Any:  # the weights of a recurrent layer, for one, also appear in a list
+        if isinstance(value, list | tuple):
+            return type(value)(new(item) for item in value)
+        if isinstance(value, dict):
+            return {key: new(item) for key, item in value.items()}
+        return swaps.get(id(value), value)
 
     try:
         for slot in slots:

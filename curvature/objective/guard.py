@@ -18,8 +18,8 @@ from torch import nn
 def frozen_randomness(seed: int) -> Iterator[None]:
     """Context in which torch's, Python's and numpy's random numbers start from `seed`, and use none up.
 
-    Two passes over a batch draw the same dropout masks. Covers the CPU and, if CUDA is in use, all its devices.
-    Generators that a model made for itself go on as they would.
+    Two passes over a batch draw the same dropout masks. Covers the CPU and, if CUDA is in use, all of its
+    devices. Generators that a model made for itself go on as they would.
     """
     generators = [torch.default_generator]
     if torch.cuda.is_initialized():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from curvature.errors import BadObjective
 from curvature.linalg.operator import Meter
-from curvature.objective.batches import Batches, moved
+from curvature.objective.batches import BATCH, Batches, moved
 from curvature.objective.check import Health, examine
 from curvature.objective.compat import twice_differentiable
 from curvature.objective.function import OutputLoss, ScalarLoss, cast
@@ -29,9 +29,6 @@ from curvature.objective.losses import Loss, as_loss
 from curvature.objective.params import ParamSpace, Select, chosen
 
 Mode = Literal["eval", "train"]
-
-BATCH = 256  # examples at a time when whole tensors are given: bounds memory, changes no number
-
 
 @dataclass(frozen=True)
 class Objective:
@@ -242,15 +239,30 @@ class Objective:
         data = hashlib.sha256("".join(self.batches.digests()).encode())
         return {"model": model.hexdigest(), "data": data.hexdigest()}
 
-    def save(self, path: str | Path) -> Path:
-        """Write a file from which `Objective.load` and the command line rebuild this objective.
+    def save(self, path: str | Path, *, data: str | Path | None = None) -> Path:
+        """Write a file from which `Objective.load` and the command line rebuild this objective; returns its path.
 
         A model of stock torch.nn layers is stored as data; of any other only the path of its class, which is imported
-        only where that is trusted. Data in memory are stored, other data must be given again when loading.
+        only where that is trusted. The batches are stored too, or, with `data`, the path and checksum of their file.
         """
-        from curvature.objective.storage import save
+        from curvature.objective import storage
 
-        return save(self, Path(path))
+        return storage.save(self, Path(path), data=data)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        trust: bool = False,
+        arch: Callable[[], nn.Module] | None = None,
+        data: Any = None,
+    ) -> Objective:
+        """The objective that `save` wrote. Raises UnsafeFile when it names code, unless `trust`, or `arch` makes the
+        model; `data` replaces the stored data."""
+        from curvature.objective import storage
+
+        return storage.load(Path(path), trust=trust, arch=arch, data=data)
 
     def randomness(self, index: int = 0) -> AbstractContextManager[None]:
         """The random state in which batch number `index` is computed."""

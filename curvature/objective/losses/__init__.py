@@ -67,5 +67,13 @@ def as_loss(loss: Any) -> Loss:
     return loss
 
 
+def by_class_name(name: str, options: dict[str, Any]) -> Loss:
+    """The loss that was written down as its class name and fields; BadObjective for an unknown one."""
+    classes: dict[str, Callable[..., Loss]] = {"CrossEntropy": CrossEntropy, "SquaredError": SquaredError}
+    if name not in classes:
+        raise BadObjective(f"There is no loss class {name!r} here.", f"Known are {', '.join(classes)}.")
+    return classes[name](**options)
+
+
 def _name(loss: Any) -> str:
     return getattr(loss, "__name__", type(loss).__name__)

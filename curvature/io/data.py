@@ -1,0 +1,55 @@
+"""Data sets from files: arrays by name, read without running code."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvature.errors import BadFile
+from curvature.io.weights import read_tensors
+
+PAIRS = (("inputs", "targets"), ("x", "y"), ("X", "y"), ("data", "target"), ("data", "targets"))
+
+
+def read_data(path: str | Path) -> Any:
+    """The data set in a .npz, safetensors or torch.save file, told by content.
+
+    Two arrays called x and y (or inputs and targets, data and target) become the tuple (inputs, targets), any other
+    names a dict of tensors; a torch.save file may also hold a list of batches. Raises BadFile or UnsafeFile.
+    """
+    path = Path(path)
+    held = _read_npz(path) if _is_npz(path) else read_tensors(path)
+    if isinstance(held, Mapping) and held and all(isinstance(value, Tensor) for value in held.values()):
+        for names in PAIRS:
+            if set(held) == set(names):
+                return tuple(held[name] for name in names)
+        return dict(held)
+    if isinstance(held, list | tuple) and held:
+        return held
+    raise BadFile(
+        f"{path} holds a {type(held).__name__}, which is no data set.",
+        "Save arrays called x and y, a dict of tensors, or a list of batches.",
+    )
+
+
+def _is_npz(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(name.endswith(".npy") for name in archive.namelist())
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except (ValueError, OSError, TypeError, zipfile.BadZipFile) as error:
+        raise BadFile(
+            f"{path} cannot be read as numeric arrays: {error}.", "Write it again with numpy.savez, of numbers only."
+        ) from error

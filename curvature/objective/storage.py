@@ -1,0 +1,156 @@
+"""An objective as one file: architecture, weights, loss and data, so that nothing else is needed to ask again.
+
+Everything in it is data. A model of stock torch.nn layers is written down layer by layer; of any other model only where
+its class lives, and loading that runs code, so it needs trust or an architecture named by the person who loads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import io
+import operator
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from curvature.errors import BadFile, BadObjective, TooLarge, UnsafeFile
+from curvature.io.architecture import build, describe
+from curvature.io.data import read_data
+from curvature.io.files import sha256, write_atomically
+from curvature.io.recognise import OBJECTIVE_FORMAT
+from curvature.io.weights import read_tensors
+from curvature.objective.batches import BATCH, Batches, mapped
+from curvature.objective.function import OutputLoss, ScalarLoss
+from curvature.objective.losses import by_class_name
+
+if TYPE_CHECKING:
+    from curvature.objective.objective import Objective
+
+STORED = 256 << 20  # bytes of data that go into the file itself
+
+def save(objective: Objective, path: Path, *, data: str | Path | None = None) -> Path:
+    """Write `objective` to `path`; `data` names a file that holds its data, stored as path and checksum."""
+    module = objective.function.module
+    stock = describe(module)
+    contents = {
+        "format": OBJECTIVE_FORMAT,
+        "architecture": stock if stock is not None else {"path": _path_of(type(module))},
+        "state": {**objective.params, **objective.frozen, **objective.buffers},
+        "selected": list(objective.params),
+        "loss": _loss_entry(objective),
+        "data": _data_entry(objective, path, data),
+        "mode": objective.mode,
+        "seed": objective.seed,
+    }
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    write_atomically(path, buffer.getvalue())
+    return path
+
+
+def load(
+    path: Path, *, trust: bool = False, arch: Callable[[], nn.Module] | None = None, data: Any = None
+) -> Objective:
+    """The objective that `save` wrote; `arch` makes the module where it is no stock one, `data` replaces its data.
+
+    Raises UnsafeFile when the file names code and neither `trust` nor `arch` is given.
+    """
+    from curvature.objective.objective import Objective
+
+    contents = read_tensors(path)
+    try:
+        module = _module(contents["architecture"], trust, arch, path)
+        function = _function(contents["loss"], module, trust, path)
+        batches = _batches(contents["data"], path) if data is None else Batches.of(data, batch_size=BATCH)
+        state, selected = contents["state"], contents["selected"]
+        mode, seed = contents["mode"], contents["seed"]
+        params = {name: state[name] for name in selected}
+        frozen = {name: state[name] for name, _ in module.named_parameters() if name not in params}
+        buffers = {name: state[name] for name, _ in module.named_buffers()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadFile(f"{path} is not a complete objective: {error!r}.", "Write it again with objective.save.") from error
+    shapes = {name: t.shape for name, t in (*module.named_parameters(), *module.named_buffers())}
+    if {name: t.shape for name, t in {**params, **frozen, **buffers}.items()} != shapes:
+        raise BadFile(f"The weights in {path} do not fit its architecture.", "Give the right one with --arch.")
+    return Objective(function, params, frozen, buffers, dataclasses.replace(batches, seed=seed), mode, seed)
+
+
+def _module(entry: dict[str, Any], trust: bool, arch: Callable[[], nn.Module] | None, path: Path) -> nn.Module:
+    if arch is not None:
+        return arch()
+    if "path" not in entry:
+        return build(entry)
+    return _trusted(entry["path"], trust, path, "--arch")()
+
+
+def _function(entry: dict[str, Any], module: nn.Module, trust: bool, path: Path) -> OutputLoss | ScalarLoss:
+    if "path" in entry:
+        return ScalarLoss(module, _trusted(entry["path"], trust, path, "--objective"))
+    return OutputLoss(module, by_class_name(entry["name"], entry["options"]))
+
+
+def _trusted(name: str, trust: bool, path: Path, otherwise: str) -> Any:
+    """The object at 'package.module:name', imported only with `trust`."""
+    if not trust:
+        raise UnsafeFile(
+            f"{path} needs the code at {name}.", f"Pass --trust if you trust it, or name yours with {otherwise}."
+        )
+    place, _, attribute = name.partition(":")
+    try:
+        return operator.attrgetter(attribute)(importlib.import_module(place))
+    except (ImportError, AttributeError) as error:
+        raise BadFile(f"{path} needs {name}, which cannot be imported: {error}.", f"Use {otherwise}.") from error
+
+
+def _path_of(thing: Any) -> str:
+    return f"{thing.__module__}:{thing.__qualname__}"
+
+
+def _loss_entry(objective: Objective) -> dict[str, Any]:
+    function = objective.function
+    if isinstance(function, ScalarLoss):
+        if function.terms is not None or not hasattr(function.function, "__qualname__"):
+            raise BadObjective(
+                "A loss with `terms`, or without a name, cannot be written to a file.",
+                "Keep the function that builds the objective, and use `--objective FILE.py:NAME`.",
+            )
+        return {"path": _path_of(function.function)}
+    return {"name": type(function.loss).__name__, "options": dataclasses.asdict(function.loss)}  # pyright: ignore
+
+
+def _data_entry(objective: Objective, path: Path, data: str | Path | None) -> dict[str, Any]:
+    """Batches as they are, or the file they come from, relative to the objective's."""
+    if data is not None:
+        place = Path(os.path.relpath(Path(data).resolve(), path.resolve().parent))
+        return {"path": place.as_posix(), "sha256": sha256(data)}
+    batches = list(objective.batches)
+    size = 0
+
+    def measured(leaf: Any) -> Any:
+        nonlocal size
+        size += leaf.nbytes if isinstance(leaf, torch.Tensor) else 0
+        return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf  # a slice would drag its whole storage along
+
+    stored = [mapped(measured, batch) for batch in batches]
+    if size > STORED:
+        raise TooLarge(
+            f"The data take {size / 2**20:.0f} MiB, beyond the {STORED >> 20} MiB that are stored with an objective.",
+            "Write them to a file (numpy.savez, safetensors) and pass its path: objective.save(path, data=FILE).",
+        )
+    return {"batches": stored}
+
+
+def _batches(entry: dict[str, Any], path: Path) -> Batches:
+    if "path" not in entry:
+        return Batches(entry["batches"], fixed=True)
+    place = path.parent / entry["path"]
+    if not place.exists():
+        raise BadFile(f"The data of {path} are missing: {place}.", "Put the file back, or give others with --data.")
+    if sha256(place) != entry["sha256"]:
+        raise BadFile(f"The data of {path} have changed since: {place}.", "Restore them, or give others with --data.")
+    return Batches.of(read_data(place), batch_size=BATCH)
