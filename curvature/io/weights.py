@@ -81,7 +81,9 @@ def read_pickled(path: str | PathLike[str], allowed: Sequence[Any]) -> Any:
     `allowed` is as for `torch.serialization.safe_globals`. UnsafeFile and BadFile are raised as by
     `read_tensors`, TooLarge when memory does not suffice; the tensors are yet to be checked.
     """
-    with torch.serialization.safe_globals(list(allowed)), warnings.catch_warnings():
+    # On leaving, torch forgets all that was listed: list nothing that the program had allowed before.
+    new = [one for one in allowed if one not in torch.serialization.get_safe_globals()]
+    with torch.serialization.safe_globals(new), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about pickle protocols; what matters is an error below
         if refused := _refused(pickle_globals(path)):
             raise _unsafe(path, refused)
@@ -300,7 +302,7 @@ def _why_not_loaded(path: str | PathLike[str], error: Exception) -> tuple[str, s
         cause = f"{path} failed while it was loaded: {_told(error)}."
         return cause, f"Load it where it was saved, or {_WEIGHTS}"
     name, module = missing.groups()
-    if module == "__main__":
+    if module.endswith("__main__"):  # under `python -m package` it is shown as package.__main__
         return f"{path} needs the class {name} of the script that saved it.", f"Instead {_WEIGHTS}"
     cause = f"{path} needs {module}.{name}, which the installed {module} lacks."
     return cause, f"Install the version it was saved with, or {_WEIGHTS}"

@@ -137,9 +137,7 @@ def _averaged(
     return _mean(measurement, head, samples, square)
 
 
-def _mean(
-    measurement: Measurement, head: float, samples: Tensor, square: float, *, complete: bool = True
-) -> Estimate:
+def _mean(measurement: Measurement, head: float, samples: Tensor, square: float, *, complete: bool = True) -> Estimate:
     return Estimate(
         value=head + samples.mean(),
         stderr=samples.std() / len(samples) ** 0.5,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -70,9 +70,28 @@ class Batches:
                 return
             yield batch
 
+    def first(self, examples: int) -> Batches:
+        """The same batches up to so many examples, the last one cut."""
+        return replace(self, source=_First(self, examples))
+
     def digests(self) -> list[str]:
         """A hash of every batch: equal lists mean equal data in equal order."""
         return [digest(batch) for batch in self]
+
+
+@dataclass(frozen=True)
+class _First:
+    batches: Batches
+    examples: int
+
+    def __iter__(self) -> Iterator[Any]:
+        left = self.examples
+        for batch in self.batches:
+            length = leading(batch)
+            if left <= 0 or length is None:
+                return
+            yield batch if length <= left else mapped(lambda t, n=left: t[:n] if isinstance(t, Tensor) else t, batch)
+            left -= length
 
 
 END = object()

@@ -40,9 +40,7 @@ def call_with(
         return module(*args, **kwargs)
 
 
-def _call_eager(
-    module: nn.Module, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _call_eager(module: nn.Module, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     try:
         return functional_call(module, tensors, args, kwargs, tie_weights=True)
     finally:

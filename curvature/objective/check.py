@@ -145,7 +145,7 @@ def _difference(objective: Objective, batch: Any, row: Tensor, product: Tensor) 
 
     None when the model does not run in float64. Raises BadObjective when they are too far apart.
     """
-    precise = objective.to(torch.float64)
+    precise = objective.to(dtype=torch.float64)
     space, batch = precise.space, moved(batch, objective.space.device, torch.float64)
     direction = row.double() / torch.linalg.vector_norm(row.double())
     center = space.flatten(precise.params.values())

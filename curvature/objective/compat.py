@@ -5,8 +5,8 @@ Reverse-over-reverse differentiates torch's own backward formulas. Some have no 
 only those, are replaced by formulas whose every derivative is right; each stand-in says what it mends.
 
 Calls from Python and the operators of `torch.export` graphs are seen; inside TorchScript only attention is
-mended. The forward pass has to run inside. Non-reentrant checkpointing repeats it during the backward pass,
-which then has to run inside as well: else torch raises CheckpointError.
+mended. The forward pass has to run inside. Non-reentrant checkpointing repeats it during the backward passes:
+if these run inside too, attention is mended there, anything else is torch's CheckpointError.
 """
 
 from __future__ import annotations
@@ -217,11 +217,12 @@ def _embedding_bag(
     rows = F.embedding(ids, _renormed(weight, ids, max_norm, norm_type))
     if per_sample_weights is not None:
         rows = rows * per_sample_weights.reshape(-1, 1)
-    # One bag too many, for the entries after the last offset where that is the end of the last bag.
-    reduced = (_largest if mode == "max" else _sum)(rows, kept, bag, bags + 1)[:bags]
-    if mode != "mean":
-        return reduced
-    return reduced / _sum(torch.ones_like(rows[:, :1]), kept, bag, bags + 1)[:bags].clamp(min=1)
+    if mode == "max":
+        return _largest(rows, kept, bag, bags)
+    total = _sum(rows, kept, bag, bags)
+    return (
+        total if mode == "sum" else total / _sum(torch.ones_like(rows[:, :1]), kept, bag, bags).clamp(min=1)
+    )
 
 
 @_instead_of(_aten.embedding_bag.default, _aten.embedding_bag.padding_idx, name="embedding_bag")

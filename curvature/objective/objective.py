@@ -26,9 +26,10 @@ from curvature.objective.compat import twice_differentiable
 from curvature.objective.function import OutputLoss, ScalarLoss, cast
 from curvature.objective.guard import frozen_randomness, in_mode
 from curvature.objective.losses import Loss, as_loss
-from curvature.objective.params import ParamSpace, Select, chosen
+from curvature.objective.params import ParamSpace, Select, chosen, nothing_selected, predicate
 
 Mode = Literal["eval", "train"]
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -71,10 +72,8 @@ class Objective:
         globs or a predicate; all trainable ones by default. `dtype` is that of the computation: by default that of the
         parameters, float32 for half precision. Raises BadObjective, before anything is computed.
         """
-        return cls._make(
-            module, OutputLoss(_unwrapped(module), as_loss(loss)), Batches.of(data, batch_size=batch_size),
-            select, mode, dtype, seed,
-        )  # fmt: skip
+        function = OutputLoss(_unwrapped(module), as_loss(loss))
+        return cls._make(function, Batches.of(data, batch_size=batch_size), select, mode, dtype, seed)
 
     @classmethod
     def from_loss(
@@ -87,20 +86,21 @@ class Objective:
         select: Select | None = None,
         mode: Mode = "eval",
         dtype: torch.dtype | None = None,
+        batch_size: int | None = None,
         seed: int = 0,
     ) -> Objective:
         """The objective of any scalar `loss(module, batch)`, a mean over `terms(batch)` terms. Hessian only.
 
         Without `terms` a batch counts by its labels that are not -100, else by the length of its first axis. `data` is
-        a DataLoader, a list of batches, or one batch of tensors, which is never cut: the loss may couple its examples.
+        a DataLoader, a list of batches, or tensors, which are one batch (the loss may couple its examples) unless
+        `batch_size` cuts them.
         """
         function = ScalarLoss(_unwrapped(module), loss, terms)
-        return cls._make(module, function, Batches.of(data), select, mode, dtype, seed)
+        return cls._make(function, Batches.of(data, batch_size=batch_size), select, mode, dtype, seed)
 
     @classmethod
     def _make(
         cls,
-        module: nn.Module,
         function: OutputLoss | ScalarLoss,
         batches: Batches,
         select: Select | None,
@@ -108,8 +108,6 @@ class Objective:
         dtype: torch.dtype | None,
         seed: int,
     ) -> Objective:
-        if mode not in ("eval", "train"):
-            raise ValueError(f"mode is 'eval' or 'train', but got {mode!r}.")
         params = chosen(function.module, select)
         _check_placement(params)
         device = next(iter(params.values())).device
@@ -121,7 +119,7 @@ class Objective:
             frozen=cast(frozen, device, working),
             buffers=cast(dict(function.module.named_buffers()), device, working),
             batches=replace(batches, seed=seed),
-            mode=mode,
+            mode=_valid(mode),
             seed=seed,
         )
 
@@ -194,10 +192,30 @@ class Objective:
         cut = batch_size if isinstance(self.function, OutputLoss) else None
         return replace(self, batches=replace(Batches.of(data, batch_size=cut), seed=self.seed))
 
-    def to(self, dtype: torch.dtype) -> Objective:
-        """The same function, computed in another dtype."""
-        groups = {name: cast(getattr(self, name), self.space.device, dtype) for name in ("params", "frozen", "buffers")}
-        return replace(self, **groups)
+    def first(self, examples: int | None) -> Objective:
+        """The same function on the first so many examples of the data only; on all of it for None."""
+        return self if examples is None else replace(self, batches=self.batches.first(examples))
+
+    def in_mode(self, mode: Mode) -> Objective:
+        """The same function in another mode, to be checked again."""
+        return replace(self, mode=_valid(mode), _health=[])
+
+    def narrowed(self, select: Select) -> Objective:
+        """The same function of fewer parameters, those `select` names; the others are held fixed."""
+        matches = predicate(select)
+        parameters = dict(self.function.module.named_parameters())
+        kept = {name: p for name, p in self.params.items() if matches(name, parameters[name])}
+        if not kept:
+            raise nothing_selected(select, list(self.params))
+        rest = {name: p for name, p in self.params.items() if name not in kept}
+        return replace(self, params=kept, frozen={**self.frozen, **rest}, _health=[])
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Objective:
+        """The same function, computed in another dtype or on another device."""
+        place = device or self.space.device, dtype or self.space.dtype
+        if place == (self.space.device, self.space.dtype):
+            return self
+        return replace(self, **{name: cast(getattr(self, name), *place) for name in ("params", "frozen", "buffers")})
 
     def with_state(self, state: Mapping[str, Tensor]) -> Objective:
         """The same function with the tensors of a state_dict, buffers included; strict about names and shapes."""
@@ -284,6 +302,12 @@ class Objective:
     def complete(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`tensors` and everything else the model computes with; buffers as copies that a call may write to."""
         return {**self.frozen, **{name: t.clone() for name, t in self.buffers.items()}, **tensors}
+
+
+def _valid(mode: Mode) -> Mode:
+    if mode not in ("eval", "train"):
+        raise ValueError(f"mode is 'eval' or 'train', but got {mode!r}.")
+    return mode
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

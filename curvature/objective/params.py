@@ -60,18 +60,23 @@ def chosen(module: nn.Module, select: Select | None) -> dict[str, nn.Parameter]:
             "The model has no trainable parameters.",
             "Unfreeze some with requires_grad_(True); quantised models need their float original.",
         )
-    matches = _predicate(select)
+    matches = predicate(select)
     kept = {name: p for name, p in trainable.items() if matches(name, p)}
     if not kept:
-        shown = ", ".join(list(trainable)[:5])
-        raise BadObjective(
-            f"No trainable parameter matches {select!r}.",
-            f"The names are {shown}, ... ({len(trainable)} in all).",
-        )
+        raise nothing_selected(select, list(trainable))
     return kept
 
 
-def _predicate(select: Select | None) -> Callable[[str, nn.Parameter], bool]:
+def nothing_selected(select: Select | None, names: list[str]) -> BadObjective:
+    """The error of a selection that matches none of `names`."""
+    what = "the selection" if callable(select) else repr(select)
+    return BadObjective(
+        f"No trainable parameter matches {what}.", f"The names are {', '.join(names[:5])}, ... ({len(names)} in all)."
+    )
+
+
+def predicate(select: Select | None) -> Callable[[str, nn.Parameter], bool]:
+    """Whether a parameter is chosen, by its name and itself."""
     if callable(select):
         return select
     globs = ["*"] if select is None else [select] if isinstance(select, str) else list(select)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 STORED = 256 << 20  # bytes of data that go into the file itself
 
+
 def save(objective: Objective, path: Path, *, data: str | Path | None = None) -> Path:
     """Write `objective` to `path`; `data` names a file that holds its data, stored as path and checksum."""
     module = objective.function.module
@@ -73,7 +74,9 @@ def load(
         frozen = {name: state[name] for name, _ in module.named_parameters() if name not in params}
         buffers = {name: state[name] for name, _ in module.named_buffers()}
     except (KeyError, TypeError, AttributeError) as error:
-        raise BadFile(f"{path} is not a complete objective: {error!r}.", "Write it again with objective.save.") from error
+        raise BadFile(
+            f"{path} is not a complete objective: {error!r}.", "Write it again with objective.save."
+        ) from error
     shapes = {name: t.shape for name, t in (*module.named_parameters(), *module.named_buffers())}
     if {name: t.shape for name, t in {**params, **frozen, **buffers}.items()} != shapes:
         raise BadFile(f"The weights in {path} do not fit its architecture.", "Give the right one with --arch.")

@@ -23,21 +23,21 @@ def plot(result: Result, ax: Axes | None = None, **style: Any) -> Axes:
     raise TypeError(f"{type(result).__name__} has no picture. Draw its fields: {', '.join(result.arrays())}.")
 
 
-@plot.register
+@plot.register(SpectralDensity)
 def _(result: SpectralDensity, ax: Axes | None = None, **style: Any) -> Axes:
     from curvature.plots.spectrum import draw_density
 
     return draw_density(result, new_axes() if ax is None else ax, **style)
 
 
-@plot.register
+@plot.register(Eigenpairs)
 def _(result: Eigenpairs, ax: Axes | None = None, **style: Any) -> Axes:
     from curvature.plots.spectrum import draw_eigenvalues
 
     return draw_eigenvalues(result, new_axes() if ax is None else ax, **style)
 
 
-@plot.register
+@plot.register(Estimate)
 def _(result: Estimate, ax: Axes | None = None, **style: Any) -> Axes:
     from curvature.plots.spectrum import draw_estimate
 

@@ -10,11 +10,20 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from curvature.errors import BadFile, BadObjective, CurvatureError, Interrupted, NotConverged, TooLarge, printable
+from curvature.errors import (
+    BadFile,
+    BadObjective,
+    CurvatureError,
+    Interrupted,
+    NotConverged,
+    TooLarge,
+    printable,
+)
 from curvature.io.files import clean_stale, sha256, write_atomically
 
 
@@ -76,7 +85,7 @@ def test_a_writer_that_raises_leaves_the_old_file(old, stop):
 
 @pytest.mark.parametrize(
     "data",
-    [bytes(1 << 17), lambda file: torch.save(torch.zeros(1 << 15), file)],    # torch hides the OSError
+    [bytes(1 << 17), lambda file: torch.save(torch.zeros(1 << 15), file)],  # torch hides the OSError
     ids=["bytes", "torch.save"],
 )
 def test_a_full_disk_is_told_and_leaves_the_old_file(old, no_space, data):
@@ -103,7 +112,7 @@ def test_other_disk_errors_name_the_path_that_was_asked_for(tmp_path):
 
 def test_the_error_of_another_file_keeps_its_name(old):
     with pytest.raises(FileNotFoundError, match="elsewhere"):
-        write_atomically(old, lambda _: open("/elsewhere/x", "rb"))
+        write_atomically(old, lambda _: Path("/elsewhere/x").read_bytes())
 
 
 @pytest.mark.parametrize("path", ["/dev/null", "."])
@@ -139,7 +148,8 @@ def test_only_rests_of_dead_writers_are_removed(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     stale = tmp_path / f".tmp-{ended.pid}-ab12"
-    kept = [tmp_path / name for name in (f".tmp-{os.getpid()}-ab12", ".tmp-1-x", ".tmp-x-y", ".tmp-0-x", "a.bin")]
+    names = (f".tmp-{os.getpid()}-ab12", ".tmp-1-x", ".tmp-x-y", ".tmp-0-x", "a.bin")
+    kept = [tmp_path / name for name in names]
     for path in (stale, *kept):
         path.touch()
     (tmp_path / f".tmp-{ended.pid}-folder").mkdir()
@@ -154,7 +164,11 @@ def test_sha256_is_that_of_the_content(tmp_path):
 
 def test_errors_read_as_cause_then_fix():
     error = BadObjective("The model is empty.", "Add a layer.")
-    assert (str(error), error.cause, error.fix) == ("The model is empty. Add a layer.", error.args[0], "Add a layer.")
+    assert (str(error), error.cause, error.fix) == (
+        "The model is empty. Add a layer.",
+        error.args[0],
+        "Add a layer.",
+    )
     assert str(BadFile("Only a cause.")) == "Only a cause."
     assert issubclass(NotConverged, CurvatureError)
 
@@ -167,7 +181,12 @@ def test_partial_results_travel_with_their_error():
 
 @pytest.mark.parametrize(
     "text, shown",
-    [("layer.0", "layer.0"), ("a\nb\x1b[31m", "a\\nb\\x1b[31m"), ("\u202e\x9b", "\\u202e\\x9b"), ("x" * 90, "x" * 80 + "...")],
+    [
+        ("layer.0", "layer.0"),
+        ("a\nb\x1b[31m", "a\\nb\\x1b[31m"),
+        ("\u202e\x9b", "\\u202e\\x9b"),
+        ("x" * 90, "x" * 80 + "..."),
+    ],
 )
 def test_names_from_files_cannot_move_the_cursor(text, shown):
     assert printable(text) == shown

@@ -55,13 +55,19 @@ def save_exported(path):
 SAVERS = {
     "tensors": (FileKind.TENSORS, lambda path: torch.save(WEIGHTS, path)),
     "checkpoint": (FileKind.TENSORS, lambda path: torch.save({"state_dict": WEIGHTS, "epoch": 3}, path)),
-    "with options": (FileKind.TENSORS, lambda path: torch.save({"w": WEIGHTS, "o": argparse.Namespace(a=1)}, path)),
+    "with options": (
+        FileKind.TENSORS,
+        lambda path: torch.save({"w": WEIGHTS, "o": argparse.Namespace(a=1)}, path),
+    ),
     "protocol 4": (FileKind.TENSORS, lambda path: torch.save(WEIGHTS, path, pickle_protocol=4)),
     "module": (FileKind.MODULE, lambda path: torch.save(Net(), path)),
     "stock module": (FileKind.MODULE, lambda path: torch.save(nn.Sequential(nn.Linear(3, 2)), path)),
     "module in a dict": (FileKind.MODULE, lambda path: torch.save({"epoch": 1, "model": Net()}, path)),
     "legacy": (FileKind.LEGACY, lambda path: save_legacy(WEIGHTS, path)),
-    "objective": (FileKind.OBJECTIVE, lambda path: torch.save({"format": OBJECTIVE_FORMAT, "state": WEIGHTS}, path)),
+    "objective": (
+        FileKind.OBJECTIVE,
+        lambda path: torch.save({"format": OBJECTIVE_FORMAT, "state": WEIGHTS}, path),
+    ),
     "TorchScript": (FileKind.TORCHSCRIPT, lambda path: torch.jit.script(Net()).save(path)),
     "exported": (FileKind.EXPORTED, save_exported),
     "safetensors": (FileKind.SAFETENSORS, lambda path: safetensors.torch.save_file(WEIGHTS, path)),
@@ -76,7 +82,7 @@ def saved(tmp_path_factory):
     """One file of each kind."""
     folder = tmp_path_factory.mktemp("kinds")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")    # torch.jit.script is deprecated
+        warnings.simplefilter("ignore")  # torch.jit.script is deprecated
         for name, (_, save) in SAVERS.items():
             save(folder / f"{name}.pt2" if name == "exported" else folder / name)
     (folder / "exported.pt2").rename(folder / "exported")
@@ -104,9 +110,15 @@ NOT_MODELS = {
         b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
         r"is a Git LFS pointer, not the model itself\. Fetch the model with `git lfs pull`\.",
     ),
-    "HTML": (b"\n<!DOCTYPE html>\n<html><body>Sign in", r"is an HTML page, not a model\. Download the raw file"),
+    "HTML": (
+        b"\n<!DOCTYPE html>\n<html><body>Sign in",
+        r"is an HTML page, not a model\. Download the raw file",
+    ),
     "HTML without doctype": (b"<HTML><head>", r"is an HTML page"),
-    "text": ("état: 404\nnot found".encode(), r"is a text file, not a model\. Give a file made by torch\.save"),
+    "text": (
+        "état: 404\nnot found".encode(),
+        r"is a text file, not a model\. Give a file made by torch\.save",
+    ),
     "JSON": (b'{"error": "not found"}', r"is a text file"),
     "long text cut inside a letter": ("é".encode() * 2000, r"is a text file"),
     "binary": (bytes(range(200, 256)) * 9, r"is not a model file of any known kind\. Give a file made by"),
@@ -178,8 +190,8 @@ def test_an_unreadable_file_says_why(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ZIPS)
 def test_a_zip_cut_anywhere_is_told(saved, tmp_path, name):
     whole = (saved / name).read_bytes()
-    nested_ends = [found.end() + 18 for found in re.finditer(b"PK\x05\x06", whole)][:-1]    # zips within the zip
-    lengths = {*range(5, len(whole), len(whole) // 60), len(whole) - 1, *nested_ends}
+    ends = [found.end() + 18 for found in re.finditer(b"PK\x05\x06", whole)]  # of zips within the zip, too
+    lengths = {*range(5, len(whole), len(whole) // 60), len(whole) - 1, *ends[:-1]}
     path = tmp_path / "cut.pt"
     for length in lengths:
         path.write_bytes(whole[:length])
@@ -195,42 +207,49 @@ def rezip(path, members, compression=zipfile.ZIP_STORED):
 
 def test_other_zips_are_refused(tmp_path):
     np.savez(tmp_path / "a.npz", a=np.ones(3))
-    with pytest.raises(BadFile, match=r"a\.npz is a zip archive, but torch did not write it\. Give a file made by"):
+    with pytest.raises(BadFile, match=r"a\.npz is a zip archive, but torch did not write it\. Give a file"):
         recognise(tmp_path / "a.npz")
 
 
-def damage(name, whole):
-    """The zip with its layout made ambiguous in one way."""
-    first = whole.index(b"PK\x01\x02")
-    end = len(whole) - 22
-    return {
-        "bytes before": b"#!/bin/sh\n" + whole,
-        "bytes after": whole + b"\n",
-        "bytes between": whole[:first] + bytes(100) + whole[first:],
-        "wrong directory offset": whole[: end + 16] + (first - 5).to_bytes(4, "little") + whole[end + 20 :],
-        "another name": whole.replace(b"x/data.pkl", b"x/evil.pkl", 1),
-        "another method": whole[:8] + b"\x08" + whole[9:],
-        "another size": whole[:18] + b"\x01" + whole[19:],
-        "encrypted": whole[:6] + b"\x01" + whole[7 : first + 8] + b"\x01" + whole[first + 9 :],
-    }[name]
+def directory(whole):
+    return whole.index(b"PK\x01\x02")
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["bytes before", "bytes after", "bytes between", "wrong directory offset", "another name", "another method",
-     "another size", "encrypted"],
-)    # fmt: skip
-def test_a_zip_that_two_readers_could_read_differently_is_refused(tmp_path, name):
+def patched(whole, *places):
+    """The bytes with one byte set at each (offset, value)."""
+    changed = bytearray(whole)
+    for offset, value in places:
+        changed[offset] = value
+    return bytes(changed)
+
+
+AMBIGUOUS = {
+    "bytes before": lambda whole: b"#!/bin/sh\n" + whole,
+    "bytes after": lambda whole: whole + b"\n",
+    "bytes between": lambda whole: whole[: directory(whole)] + bytes(100) + whole[directory(whole) :],
+    "wrong directory offset": lambda whole: patched(whole, (len(whole) - 6, directory(whole) - 5)),
+    "another name": lambda whole: whole.replace(b"x/data.pkl", b"x/evil.pkl", 1),
+    "another method": lambda whole: patched(whole, (8, 8)),
+    "another size": lambda whole: patched(whole, (18, 1)),
+    "encrypted": lambda whole: patched(whole, (6, 1), (directory(whole) + 8, 1)),
+}
+
+
+@pytest.mark.parametrize("damage", AMBIGUOUS.values(), ids=AMBIGUOUS)
+def test_a_zip_that_two_readers_could_read_differently_is_refused(tmp_path, damage):
     rezip(tmp_path / "good", [("x/data.pkl", b"\x80\x02}."), ("x/version", b"3")])
     assert recognise(tmp_path / "good") is FileKind.TENSORS
-    (tmp_path / "bad").write_bytes(damage(name, (tmp_path / "good").read_bytes()))
-    with pytest.raises(BadFile, match="bad is "):
+    (tmp_path / "bad").write_bytes(damage((tmp_path / "good").read_bytes()))
+    with pytest.raises(BadFile, match="bad is truncated or damaged: "):
         recognise(tmp_path / "bad")
 
 
 def test_two_members_of_one_name_are_refused(tmp_path):
     with pytest.warns(UserWarning, match="Duplicate"):
-        rezip(tmp_path / "two", [("x/data.pkl", b"\x80\x02}."), ("x/data.pkl", b"\x80\x02]."), ("x/version", b"3")])
+        rezip(
+            tmp_path / "two",
+            [("x/data.pkl", b"\x80\x02}."), ("x/data.pkl", b"\x80\x02]."), ("x/version", b"3")],
+        )
     with pytest.raises(BadFile, match="two members have the same name"):
         recognise(tmp_path / "two")
 
@@ -241,7 +260,7 @@ def test_a_file_without_checksums_is_refused(tmp_path):
         torch.save(WEIGHTS, tmp_path / "w.pt")
     finally:
         torch.serialization.set_crc32_options(True)
-    with pytest.raises(BadFile, match=r"was saved without checksums, .* Save it again after .*set_crc32_options"):
+    with pytest.raises(BadFile, match=r"saved without checksums, .* Save it again after .*set_crc32_options"):
         recognise(tmp_path / "w.pt")
 
 
@@ -304,7 +323,17 @@ def test_globals_are_found_without_running_the_pickle(tmp_path, protocol):
 
 @pytest.mark.parametrize(
     "program",
-    [b"", b"}", b"\xff.", b"\x93.", b"h\x05.", b"t.", b"\x80\x02X\xff\xff\xff\x7fab", b"\x8e" + b"\xff" * 7 + b"\x7f.", b"I1x\n."],
+    [
+        b"",
+        b"}",
+        b"\xff.",
+        b"\x93.",
+        b"h\x05.",
+        b"t.",
+        b"\x80\x02X\xff\xff\xff\x7fab",
+        b"\x8e" + b"\xff" * 7 + b"\x7f.",
+        b"I1x\n.",
+    ],
 )
 def test_a_broken_pickle_is_a_value_error(program):
     with pytest.raises(ValueError):
@@ -313,7 +342,7 @@ def test_a_broken_pickle_is_a_value_error(program):
 
 def test_a_broken_pickle_in_a_file_is_told(tmp_path):
     rezip(tmp_path / "x.pt", [("x/data.pkl", b"\x80\x02}"), ("x/version", b"3")])
-    with pytest.raises(BadFile, match=r"x\.pt is truncated or damaged: pickle exhausted before seeing STOP\."):
+    with pytest.raises(BadFile, match=r"x\.pt is truncated or damaged: pickle exhausted before"):
         recognise(tmp_path / "x.pt")
 
 

@@ -22,8 +22,14 @@ import torch
 from torch import nn
 
 from curvature.errors import BadFile, CurvatureError, TooLarge, UnsafeFile
-from curvature.io import archive
-from curvature.io.weights import load_into, load_trusted, non_finite_tensors, read_tensors, read_trusted, state_dict_of
+from curvature.io.weights import (
+    load_into,
+    load_trusted,
+    non_finite_tensors,
+    read_tensors,
+    read_trusted,
+    state_dict_of,
+)
 
 
 class Net(nn.Module):
@@ -52,6 +58,12 @@ def zip_of(path, program, **storages):
             records.writestr(f"x/data/{key}", content)
 
 
+def start_of(whole, member):
+    """Where the bytes of a member begin."""
+    name_length, extra_length = struct.unpack_from("<2H", whole, member.header_offset + 26)
+    return member.header_offset + 30 + name_length + extra_length
+
+
 SAVERS = {
     "zip": torch.save,
     "legacy": lambda obj, path: torch.save(obj, path, _use_new_zipfile_serialization=False),
@@ -76,7 +88,10 @@ def test_plain_objects_come_back_too(tmp_path):
 def test_a_rezipped_file_is_still_read(tmp_path):
     saved = weights()
     torch.save(saved, tmp_path / "w")
-    with zipfile.ZipFile(tmp_path / "w") as old, zipfile.ZipFile(tmp_path / "z", "w", zipfile.ZIP_DEFLATED) as new:
+    with (
+        zipfile.ZipFile(tmp_path / "w") as old,
+        zipfile.ZipFile(tmp_path / "z", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
         for name in old.namelist():
             new.writestr(name, old.read(name))
     assert same(read_tensors(tmp_path / "z"), saved)
@@ -90,14 +105,15 @@ def test_every_flip_in_a_tensor_is_told_with_its_member(tmp_path):
     whole = (tmp_path / "w.pt").read_bytes()
     with zipfile.ZipFile(tmp_path / "w.pt") as records:
         member = records.getinfo("w/data/0")
-    start = member.header_offset + whole[member.header_offset :].index(b"w/data/0") + 64
+    start = start_of(whole, member)
     draw = random.Random(0)
     for width in (1, 64):
         for _ in range(50):
-            offset = start + draw.randrange(member.file_size - 200)
-            flipped = bytes(byte ^ 0xFF if width > 1 else byte ^ 1 << draw.randrange(8) for byte in whole[offset : offset + width])
+            offset = start + draw.randrange(member.file_size - width)
+            mask = 0xFF if width > 1 else 1 << draw.randrange(8)
+            flipped = bytes(byte ^ mask for byte in whole[offset : offset + width])
             (tmp_path / "w.pt").write_bytes(whole[:offset] + flipped + whole[offset + width :])
-            with pytest.raises(BadFile, match=r"damaged: its member w/data/0 does not match its checksum\. Download"):
+            with pytest.raises(BadFile, match=r"damaged: its member w/data/0 does not match its checksum"):
                 read_tensors(tmp_path / "w.pt")
 
 
@@ -108,12 +124,14 @@ def test_a_flip_anywhere_never_gives_other_tensors(tmp_path):
     draw = random.Random(1)
     for _ in range(300):
         offset = draw.randrange(len(whole))
-        (tmp_path / "f.pt").write_bytes(whole[:offset] + bytes([whole[offset] ^ 1 << draw.randrange(8)]) + whole[offset + 1 :])
+        (tmp_path / "f.pt").write_bytes(
+            whole[:offset] + bytes([whole[offset] ^ 1 << draw.randrange(8)]) + whole[offset + 1 :]
+        )
         try:
             loaded = read_tensors(tmp_path / "f.pt")
         except CurvatureError:
             continue
-        assert same(loaded, saved)    # in padding, which nothing reads
+        assert same(loaded, saved)  # in padding, which nothing reads
 
 
 @pytest.mark.parametrize("kind", ["legacy", "safetensors"])
@@ -136,9 +154,14 @@ def test_damage_that_can_be_seen_without_checksums_is_told(tmp_path, kind):
 
 @pytest.mark.parametrize(
     "header",
-    [b'{"w":{"dtype":"F32","shape":[9],"data_offsets":[0,4]}}', b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
-     b'{"w":{"dtype":"Q9","shape":[1],"data_offsets":[0,4]}}', b'{"w":', b"{} trailing"],
-)    # fmt: skip
+    [
+        b'{"w":{"dtype":"F32","shape":[9],"data_offsets":[0,4]}}',
+        b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+        b'{"w":{"dtype":"Q9","shape":[1],"data_offsets":[0,4]}}',
+        b'{"w":',
+        b"{} trailing",
+    ],
+)
 def test_a_wrong_safetensors_header_is_told(tmp_path, header):
     (tmp_path / "w").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
     with pytest.raises(BadFile, match=r"is damaged: SafetensorError: .*\. Download or copy it again"):
@@ -149,27 +172,6 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
-def deflated(path, size, sizes_told):
-    """A torch.save file with a record of `size` zero bytes, compressed; its directory tells `sizes_told`."""
-    packer = zlib.compressobj(1, zlib.DEFLATED, -15)
-    piece = bytes(1 << 20)
-    packed = b"".join(packer.compress(piece) for _ in range(size >> 20)) + packer.flush()
-    zip_of(path, b"\x80\x02}.", **{"0": packed})
-    whole = bytearray(path.read_bytes())
-    for mark, method, length in ((b"PK\x03\x04", 8, 22), (b"PK\x01\x02", 10, 24)):
-        at = [i for i in range(len(whole)) if whole.startswith(mark, i)][2]    # the third record
-        whole[at + method : at + method + 2] = struct.pack("<H", 8)
-        whole[at + length : at + length + 4] = struct.pack("<L", sizes_told)
-    path.write_bytes(whole)
-
-
-@pytest.fixture(scope="module")
-def bomb(tmp_path_factory):
-    path = tmp_path_factory.mktemp("bomb") / "bomb.pt"
-    deflated(path, 1 << 26, 1 << 30)
-    return path
-
-
 def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path):
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as records:
         records.writestr("x/data.pkl", b"\x80\x02}.")
@@ -177,7 +179,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path):
             for _ in range(1 << 10):
                 record.write(bytes(1 << 20))
     before = peak_memory()
-    with pytest.raises(BadFile, match=r"would unpack from [\d,]+ to 1,073,741,\d+ bytes: a zip bomb, .*If you made it"):
+    with pytest.raises(BadFile, match=r"would unpack from [\d,]+ to 1,073,741,\d+ bytes: .*If you made it"):
         read_tensors(tmp_path / "bomb.pt")
     assert peak_memory() - before < 64 << 20
 
@@ -231,10 +233,12 @@ def quantised():
     return torch._empty_affine_quantized([3], scale=1.0, zero_point=0, dtype=torch.qint8).fill_(1.0)
 
 
-def hooked():
-    tensor = torch.ones(2, requires_grad=True)
-    tensor._backward_hooks = OrderedDict({0: "not even a function"})
-    return tensor
+class Hooked:
+    """Pickles as a tensor with a backward hook, which torch.save itself would not write."""
+
+    def __reduce__(self):
+        hooks = OrderedDict({0: "not even a function"})
+        return torch._utils._rebuild_tensor_v2, (torch.ones(2)._typed_storage(), 0, (2,), (1,), True, hooks)
 
 
 def with_method(name):
@@ -249,10 +253,16 @@ STRANGE = {
         r"has shape \[1048576, 16384\] but 4 bytes are stored\. Save tensor\.clone\(\)",
     ),
     "overlapping": (lambda: torch.arange(9.0).unfold(0, 5, 1), r"has shape \[5, 5\] but 36 bytes are stored"),
-    "sparse": (lambda: torch.eye(3).to_sparse(), r"is sparse \(torch\.sparse_coo\)\. Save tensor\.to_dense\(\)"),
+    "sparse": (
+        lambda: torch.eye(3).to_sparse(),
+        r"is sparse \(torch\.sparse_coo\)\. Save tensor\.to_dense\(\)",
+    ),
     "quantised": (quantised, r"is quantised and has no derivatives\. Give the float model"),
-    "meta": (lambda: torch.empty(3, device="meta"), r"is a meta tensor, which holds no numbers\. Save the model after"),
-    "hooked": (hooked, r"carries hooks or replaces methods of tensors\. Save tensor\.detach"),
+    "meta": (
+        lambda: torch.empty(3, device="meta"),
+        r"is a meta tensor, which holds no numbers\. Save the model after",
+    ),
+    "hooked": (Hooked, r"carries hooks or replaces methods of tensors\. Save tensor\.detach"),
     "method replaced": (lambda: with_method("detach"), r"carries hooks or replaces methods"),
 }
 
@@ -292,12 +302,20 @@ SYSTEM = f"{os.system.__module__}.system"
 @pytest.mark.parametrize("save", [SAVERS["zip"], SAVERS["legacy"]], ids=["zip", "legacy"])
 @pytest.mark.parametrize(
     "wrap",
-    [lambda p: p, lambda p: [p], lambda p: OrderedDict(w=torch.ones(2), p=p), lambda p: {"state_dict": {"w": p}}, lambda p: {p: 1}],
+    [
+        lambda p: p,
+        lambda p: [p],
+        lambda p: OrderedDict(w=torch.ones(2), p=p),
+        lambda p: {"state_dict": {"w": p}},
+        lambda p: {p: 1},
+    ],
     ids=["alone", "list", "state_dict", "nested", "key"],
 )
 def test_a_payload_never_runs(tmp_path, save, wrap):
     save(wrap(Payload(tmp_path / "ran")), tmp_path / "evil.pt")
-    with pytest.raises(UnsafeFile, match=rf"evil\.pt uses what could run code: {SYSTEM}\. If these are harmless") as caught:
+    with pytest.raises(
+        UnsafeFile, match=rf"evil\.pt uses what could run code: {SYSTEM}\. If these are harmless"
+    ) as caught:
         read_tensors(tmp_path / "evil.pt")
     assert f"--allow-global {SYSTEM}" in caught.value.fix
     assert "safetensors" in caught.value.fix and "--trust" in caught.value.fix
@@ -306,13 +324,13 @@ def test_a_payload_never_runs(tmp_path, save, wrap):
 
 
 PROGRAMS = {
-    "STACK_GLOBAL": b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x08touch %s\x85R.",
+    "STACK_GLOBAL": b"\x80\x04\x8c\x02os\x8c\x06system\x93Vtouch %s\n\x85R.",
     "INST": b"(S'touch %s'\nios\nsystem\n.",
     "OBJ": b"(cos\nsystem\nS'touch %s'\no.",
     "computed name": b"\x80\x04\x8c\x02os]\x93.",
     "newline in a name": b"\x80\x04\x8c\x04os\nx\x8c\x06system\x93.",
     "extension": b"\x80\x02\x82\x07.",
-    "eval": b"cbuiltins\neval\n(S'open(\"%s\",\"w\")'\ntR.",
+    "eval": b'cbuiltins\neval\n(S\'open("%s","w")\'\ntR.',
     "getattr": b"cbuiltins\ngetattr\n(ctorch\nTensor\nX\x05\x00\x00\x00numpytR.",
     "torch.load": b"ctorch.serialization\nload\n(S'%s'\ntR.",
 }
@@ -330,7 +348,8 @@ def test_names_of_a_hostile_file_are_shown_harmlessly(tmp_path):
     zip_of(tmp_path / "evil.pt", b"ca\x1b[31mb\n" + b"x" * 500 + b"\n.")
     with pytest.raises(UnsafeFile) as caught:
         read_tensors(tmp_path / "evil.pt")
-    assert "a\\x1b[31mb.xxx" in str(caught.value) and "\x1b" not in str(caught.value) and len(str(caught.value)) < 600
+    told = str(caught.value)
+    assert "a\\x1b[31mb.xxx" in told and "\x1b" not in told and len(told) < 600
 
 
 def test_an_environment_variable_cannot_make_it_trust(tmp_path, monkeypatch):
@@ -346,7 +365,16 @@ def test_allowed_names_let_a_checkpoint_load(tmp_path):
     with pytest.raises(UnsafeFile, match=r"run code: argparse\.Namespace\."):
         read_tensors(tmp_path / "c.pt")
     assert read_tensors(tmp_path / "c.pt", allow=["argparse.Namespace"])["args"].lr == 0.1
-    assert torch.serialization.get_safe_globals() == []
+
+
+def test_what_the_program_allows_stays_allowed(tmp_path):
+    torch.save({"args": argparse.Namespace(lr=0.1)}, tmp_path / "c.pt")
+    before = set(torch.serialization.get_safe_globals())
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        for allow in ([], ["argparse.Namespace"]):
+            assert read_tensors(tmp_path / "c.pt", allow=allow)["args"].lr == 0.1
+            assert argparse.Namespace in torch.serialization.get_safe_globals()
+    assert set(torch.serialization.get_safe_globals()) == before
 
 
 def test_the_message_leads_to_a_numpy_number_step_by_step(tmp_path):
@@ -359,7 +387,7 @@ def test_the_message_leads_to_a_numpy_number_step_by_step(tmp_path):
         except UnsafeFile as refused:
             allowed += refused.cause.partition("run code: ")[2].rstrip(".").split(", ")
             steps += 1
-    assert loaded["best"] == 0.5 and steps == 2    # numpy's dtype class is met only while loading
+    assert loaded["best"] == 0.5 and steps == 2  # numpy's dtype class is met only while loading
 
 
 def test_what_torch_blocks_cannot_be_allowed(tmp_path):
@@ -378,13 +406,15 @@ def test_an_allowed_name_that_does_not_exist_is_an_argument_error(tmp_path, name
 
 def test_another_protocol_is_told(tmp_path):
     torch.save(weights(), tmp_path / "w.pt", pickle_protocol=4)
-    with pytest.raises(BadFile, match=r"pickle protocol that cannot be read safely\. Save it again with torch\.save and") as caught:
+    with pytest.raises(
+        BadFile, match=r"pickle protocol that cannot be read safely\. Save it again with torch\.save and"
+    ) as caught:
         read_tensors(tmp_path / "w.pt")
     assert "weights_only" not in str(caught.value)
 
 
 def test_a_call_of_something_harmless_in_a_harmful_way_is_refused(tmp_path):
-    zip_of(tmp_path / "x.pt", b"\x80\x02ccollections\nOrderedDict\n)R)R.")    # calls the dict
+    zip_of(tmp_path / "x.pt", b"\x80\x02ccollections\nOrderedDict\n)R)R.")  # calls the dict
     with pytest.raises(UnsafeFile, match=r"does more than a file of tensors needs\. Pass --trust") as caught:
         read_tensors(tmp_path / "x.pt")
     assert "weights_only" not in str(caught.value)
@@ -400,7 +430,7 @@ def programs(tmp_path_factory):
     torch.manual_seed(0)
     model = Net()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")    # torch.jit is deprecated
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
         torch.jit.script(model).save(folder / "script.pt")
         torch.export.save(torch.export.export(model, (torch.zeros(5, 3),)), folder / "exported.pt2")
     torch.save(model, folder / "module.pt")
@@ -434,7 +464,7 @@ def test_trust_does_not_cover_damage(programs, tmp_path, name):
     whole = bytearray((programs[0] / name).read_bytes())
     with zipfile.ZipFile(programs[0] / name) as records:
         largest = max(records.infolist(), key=lambda info: info.file_size)
-    whole[largest.header_offset + 400] ^= 1
+    whole[start_of(whole, largest) + 40] ^= 1
     (tmp_path / name).write_bytes(whole)
     with pytest.raises(BadFile, match="damaged"):
         load_trusted(tmp_path / name)
@@ -443,10 +473,16 @@ def test_trust_does_not_cover_damage(programs, tmp_path, name):
 def test_a_planted_pickle_in_an_exported_program_runs_only_with_trust(programs, tmp_path):
     evil = io.BytesIO()
     torch.save(Payload(tmp_path / "ran"), evil)
-    with zipfile.ZipFile(programs[0] / "exported.pt2") as old, zipfile.ZipFile(tmp_path / "evil.pt2", "w") as new:
+    with (
+        zipfile.ZipFile(programs[0] / "exported.pt2") as old,
+        zipfile.ZipFile(tmp_path / "evil.pt2", "w") as new,
+    ):
         for name in old.namelist():
             new.writestr(name, evil.getvalue() if "sample_inputs" in name else old.read(name))
-    with pytest.raises(UnsafeFile, match=r"is an exported program \(\.pt2\), which can run code when it is loaded\. Pass --trust"):
+    with pytest.raises(
+        UnsafeFile,
+        match=r"is an exported program \(\.pt2\), which can run code when it is loaded\. Pass --trust",
+    ):
         read_tensors(tmp_path / "evil.pt2")
     assert not (tmp_path / "ran").exists()
 
@@ -455,7 +491,7 @@ def test_a_distributed_checkpoint_needs_trust(tmp_path):
     (tmp_path / ".metadata").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     with pytest.raises(UnsafeFile, match=r"whose index is a pickle that can run code\. .*dcp_to_torch_save"):
         read_tensors(tmp_path)
-    with pytest.raises(BadFile, match=r"is a distributed checkpoint folder, which holds no module\. Name the class"):
+    with pytest.raises(BadFile, match=r"a distributed checkpoint folder, which holds no module\. Name the"):
         load_trusted(tmp_path)
 
 
@@ -467,7 +503,7 @@ def test_a_hugging_face_folder_is_not_one_file(tmp_path):
 
 def test_a_trusted_file_of_tensors_holds_no_module(tmp_path):
     torch.save({"w": torch.ones(2), "args": argparse.Namespace(lr=1)}, tmp_path / "w.pt")
-    with pytest.raises(BadFile, match=r"w\.pt holds a dict without a module\. Name the class .*--arch FILE\.py:NAME"):
+    with pytest.raises(BadFile, match=r"w\.pt holds a dict without a module\. .*--arch FILE\.py:NAME"):
         load_trusted(tmp_path / "w.pt")
     assert read_trusted(tmp_path / "w.pt")["args"].lr == 1
 
@@ -485,20 +521,23 @@ def test_a_class_of_the_saving_script_is_told(tmp_path, monkeypatch):
     save_as(monkeypatch, sys.modules["__main__"], tmp_path / "m.pt")
     with pytest.raises(UnsafeFile, match=r"run code: __main__\.Net, torch"):
         read_tensors(tmp_path / "m.pt")
-    with pytest.raises(BadFile, match=r"m\.pt needs the class Net of the script that saved it\. Instead use torch\.save\(model\.state_dict"):
+    with pytest.raises(
+        BadFile,
+        match=r"m\.pt needs the class Net of the script that saved it\. Instead use torch\.save\(",
+    ):
         load_trusted(tmp_path / "m.pt")
 
 
 def test_a_class_that_its_module_lost_is_told(tmp_path, monkeypatch):
     save_as(monkeypatch, types.ModuleType("changed"), tmp_path / "m.pt")
-    with pytest.raises(BadFile, match=r"needs changed\.Net, which the installed changed lacks\. Install the version"):
+    with pytest.raises(BadFile, match=r"needs changed\.Net, which the installed changed lacks\. Install"):
         load_trusted(tmp_path / "m.pt")
 
 
 def test_a_python_module_that_is_not_here_is_told(tmp_path, monkeypatch):
     save_as(monkeypatch, types.ModuleType("absent_package"), tmp_path / "m.pt")
     monkeypatch.delitem(sys.modules, "absent_package")
-    with pytest.raises(BadFile, match=r"needs the Python module absent_package, which cannot be imported\. Install it"):
+    with pytest.raises(BadFile, match=r"needs the Python module absent_package, which .*\. Install it"):
         load_trusted(tmp_path / "m.pt")
 
 
@@ -509,7 +548,9 @@ class Raises(nn.Module):
 
 def test_code_that_fails_is_told_in_one_line(tmp_path):
     torch.save(Raises(), tmp_path / "m.pt")
-    with pytest.raises(BadFile, match=r"failed while it was loaded: RuntimeError: no GPU here\. Load it where it was saved") as caught:
+    with pytest.raises(
+        BadFile, match=r"failed while it was loaded: RuntimeError: no GPU here\. Load it where it was saved"
+    ) as caught:
         load_trusted(tmp_path / "m.pt")
     assert "\n" not in str(caught.value)
 
@@ -535,7 +576,10 @@ STATE = {"layer.weight": torch.ones(2, 3), "layer.bias": torch.ones(2)}
         (STATE | {"note": "x", "_extra_state": None}, ["left out what is not a tensor: note, _extra_state"]),
         (
             {f"module._orig_mod.{name}": tensor for name, tensor in STATE.items()},
-            ["stripped '_orig_mod.' (torch.compile) from names", "stripped 'module.' (DistributedDataParallel) from names"],
+            [
+                "stripped '_orig_mod.' (torch.compile) from names",
+                "stripped 'module.' (DistributedDataParallel) from names",
+            ],
         ),
         (
             {name.replace("layer", "layer._orig_mod"): tensor for name, tensor in STATE.items()},
@@ -555,24 +599,41 @@ def test_names_that_only_look_wrapped_are_kept():
 
 @pytest.mark.parametrize(
     "loaded, held",
-    [({"epoch": 3, "lr": 0.1}, r"epoch, lr"), ({}, "a dict"), ([torch.ones(1)], "a list"), (torch.ones(1), "a Tensor"), ({"model": {}}, "a dict")],
+    [
+        ({"epoch": 3, "lr": 0.1}, r"epoch, lr"),
+        ({}, "a dict"),
+        ([torch.ones(1)], "a list"),
+        (torch.ones(1), "a Tensor"),
+        ({"model": {}}, "a dict"),
+    ],
 )
 def test_what_holds_no_state_dict_is_told(loaded, held):
-    with pytest.raises(BadFile, match=rf"no state_dict in what the file holds: {held}\. To save one use torch\.save"):
+    with pytest.raises(BadFile, match=rf"no state_dict in what the file holds: {held}\. To save one use"):
         state_dict_of(loaded)
 
 
 def test_non_finite_tensors_are_named():
     inf, nan = torch.tensor([1.0, float("inf")]), torch.tensor([float("nan")])
-    state = {"good": torch.ones(2), "inf": inf, "count": torch.tensor(3), "nan": nan.bfloat16(), "complex": 1j * inf}
-    state |= {"tiny": nan.to(torch.float8_e4m3fn), "fine": torch.ones(1).to(torch.float8_e5m2), "none": torch.ones(0)}
+    state = {
+        "good": torch.ones(2),
+        "inf": inf,
+        "count": torch.tensor(3),
+        "nan": nan.bfloat16(),
+        "complex": 1j * inf,
+    }
+    state |= {
+        "tiny": nan.to(torch.float8_e4m3fn),
+        "fine": torch.ones(1).to(torch.float8_e5m2),
+        "none": torch.ones(0),
+    }
     assert non_finite_tensors(state) == ["inf", "nan", "complex", "tiny"]
 
 
 def test_loading_copies_every_tensor():
     module, state = Net(), {"layer.weight": torch.randn(2, 3), "layer.bias": torch.randn(2)}
     load_into(module, state)
-    assert same(module.state_dict(), state) and module.layer.weight.data_ptr() != state["layer.weight"].data_ptr()
+    assert same(module.state_dict(), state)
+    assert module.layer.weight.data_ptr() != state["layer.weight"].data_ptr()
 
 
 def test_a_meta_module_takes_the_tensors_themselves():
@@ -589,30 +650,50 @@ def test_a_lazy_module_takes_its_shapes_from_the_file():
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "dropped, added, message",
     [
-        ({"layer.bias": None}, r"1 missing: layer\.bias\."),
-        ({"a": 1, "b": 1, "c": 1, "d": 1}, r"4 unexpected: a, b, c, \.\.\.\. Check that --arch builds"),
-        ({"layer.weight": torch.ones(3, 2)}, r"1 different: layer\.weight \(file \[3, 2\], model \[2, 3\]\)\."),
-        ({"layer.weight": torch.ones(2, 3) * 1j}, r"layer\.weight \(file torch\.complex64, model torch\.float32\)"),
-        ({"layer.bias": None, "x\x1b": 1}, r"do not fit Net: 1 missing: layer\.bias; 1 unexpected: x\\x1b\."),
+        ("bias", {}, r"1 missing: layer\.bias\."),
+        (
+            "",
+            dict.fromkeys("abcd", torch.ones(1)),
+            r"4 unexpected: a, b, c, \.\.\.\. Check that --arch builds",
+        ),
+        (
+            "",
+            {"layer.weight": torch.ones(3, 2)},
+            r"1 different: layer\.weight \(file \[3, 2\], model \[2, 3\]\)\.",
+        ),
+        (
+            "",
+            {"layer.weight": torch.ones(2, 3) * 1j},
+            r"weight \(file torch\.complex64, model torch\.float32\)",
+        ),
+        ("bias", {"x\x1b": torch.ones(1)}, r"do not fit Net: 1 missing: layer\.bias; 1 unexpected: x\\x1b\."),
     ],
 )
-def test_a_mismatch_is_told_before_anything_changed(change, message):
+def test_a_mismatch_is_told_before_anything_changed(dropped, added, message):
     module = Net()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    state = {"layer.weight": torch.zeros(2, 3), "layer.bias": torch.zeros(2)}
-    state |= {name: torch.zeros(1) if value == 1 else value for name, value in change.items() if value is not None and not isinstance(value, torch.Tensor)}
-    state |= {name: value for name, value in change.items() if isinstance(value, torch.Tensor)}
-    state = {name: tensor for name, tensor in state.items() if change.get(name, 0) is not None}
+    state = {"layer.weight": torch.zeros(2, 3), "layer.bias": torch.zeros(2)} | added
+    if dropped:
+        del state[f"layer.{dropped}"]
     with pytest.raises(BadFile, match=message):
         load_into(module, state)
     assert same(module.state_dict(), before)
 
 
-def test_verifying_changes_nothing(tmp_path):
+def global_state():
+    return (
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.get_rng_state().tolist(),
+        set(torch.serialization.get_safe_globals()),
+    )
+
+
+def test_reading_changes_no_global_setting(tmp_path):
     torch.save(weights(), tmp_path / "w.pt")
-    flags = (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_rng_state().sum())
-    archive.verify(tmp_path / "w.pt")
+    before = global_state()
     read_tensors(tmp_path / "w.pt")
-    assert flags == (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_rng_state().sum())
+    assert global_state() == before

@@ -61,9 +61,7 @@ def tensors_of(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]
     return params, {name: b.clone() for name, b in module.named_buffers()}
 
 
-def derivatives(
-    module: nn.Module, params: dict[str, Tensor], buffers: dict[str, Tensor], *args
-) -> list[Tensor]:
+def derivatives(module: nn.Module, params: dict[str, Tensor], buffers: dict[str, Tensor], *args) -> list[Tensor]:
     """Value, gradient and one Hessian product of a scalar function of what the module returns."""
     value = call_with(module, {**params, **buffers}, args).sin().sum()
     gradient = torch.autograd.grad(value, list(params.values()), create_graph=True)
@@ -118,9 +116,7 @@ def test_torchscript_has_the_derivatives_of_the_module_it_came_from(kind, around
     for _ in range(4):  # TorchScript profiles the first calls and then replaces its graph
         copies = {f"inner.{name}" if around else name: b.clone() for name, b in buffers.items()}
         with untouched(other):
-            torch.testing.assert_close(
-                derivatives(other, params, copies, x), expected, rtol=1e-10, atol=1e-12
-            )
+            torch.testing.assert_close(derivatives(other, params, copies, x), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", [scripted, loaded])
@@ -165,17 +161,11 @@ def test_a_published_torchscript_model_can_be_differentiated_twice(sample_rate):
     length = torch.cat([v.flatten() for v in vector.values()]).norm()
 
     def moved(step: float) -> dict[str, Tensor]:
-        return {
-            name: (p + step * vector[name] / length).detach().requires_grad_() for name, p in params.items()
-        }
+        return {name: (p + step * vector[name] / length).detach().requires_grad_() for name, p in params.items()}
 
     with untouched(module):
-        product = torch.autograd.grad(
-            gradient(params), list(params.values()), [v / length for v in vector.values()]
-        )
-        difference = [
-            (a - b) / 2e-2 for a, b in zip(gradient(moved(1e-2)), gradient(moved(-1e-2)), strict=True)
-        ]
+        product = torch.autograd.grad(gradient(params), list(params.values()), [v / length for v in vector.values()])
+        difference = [(a - b) / 2e-2 for a, b in zip(gradient(moved(1e-2)), gradient(moved(-1e-2)), strict=True)]
     flat, expected = (torch.cat([t.flatten() for t in ts]).detach() for ts in (product, difference))
     assert (flat - expected).norm() < 5e-3 * expected.norm()  # float32: the model casts its input
 
@@ -194,9 +184,7 @@ def test_exported_programs_have_the_derivatives_of_the_module_they_came_from(tmp
         actual = derivatives(other, params, buffers, x)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
     assert rewritten_too == rewritten | {"attention": 1}
-    assert rewritten == {
-        name: 1 for name in ("embedding_bag", "weight_norm", "cdist", "hardsigmoid", "attention")
-    }
+    assert rewritten == {name: 1 for name in ("embedding_bag", "weight_norm", "cdist", "hardsigmoid", "attention")}
 
 
 class Exportable(nn.Module):

@@ -1,0 +1,47 @@
+"""curv eig: extreme eigenvalues with their residuals."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from curvature_cli.load import load_operator
+from curvature_cli.options import Output, Positive, Task, Tolerance
+from curvature_cli.output import deliver, prepare
+
+
+def eig(
+    model: str | None = None,
+    /,
+    *,
+    k: Positive = 3,
+    which: Literal["largest", "smallest", "both", "magnitude"] = "largest",
+    rtol: Tolerance = 1e-5,
+    max_steps: Positive = 200,
+    seed: int = 0,
+    task: Task = Task(),
+    output: Output = Output(),
+) -> None:
+    """The k eigenvalues at one end, each with its residual, by thick-restart block Lanczos.
+
+    Examples: `curv eig`; `curv eig model.pt -k 10 --which both`; `curv eig HF_DIR --loss ./task.py:loss --data pairs.npz`.
+
+    Parameters
+    ----------
+    model
+        demo:NAME, a file, a Hugging Face folder, or code; demo:digits when left out.
+    k
+        How many eigenvalues.
+    which
+        Which end, both, or largest in magnitude.
+    rtol
+        A pair has converged when its residual is below rtol times its value.
+    max_steps
+        At most so many passes over the data.
+    seed
+        Of the random start vectors.
+    """
+    prepare(output, "eig")
+    import curvature as cv
+
+    A = load_operator(model, task)
+    deliver(lambda run: cv.eigsh(A, k, which=which, rtol=rtol, max_steps=max_steps, seed=seed, run=run), output, "eig")

@@ -1,0 +1,50 @@
+"""curv inspect: what is in a model file. Never runs any of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+SHOWN = 40  # tensors listed in the table; JSON has all
+
+
+def inspect(path: Path, /, *, format: Literal["human", "json", "quiet"] = "human") -> None:
+    """What a model file is: its kind, tensors, parameters, non-finite values, and the code it would run.
+
+    Examples: `curv inspect model.pt`; `curv inspect model.safetensors --format json`.
+
+    Parameters
+    ----------
+    path
+        A file or folder.
+    format
+        A table, JSON, or nothing (the exit code alone tells whether it can be read).
+    """
+    facts = _facts(path)
+    if format == "json":
+        print(json.dumps(facts))
+    elif format == "human":
+        print(_table(path, facts))
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    from curvature.io.contents import contents
+
+    return contents(path)
+
+
+def _table(path: Path, facts: dict[str, Any]) -> str:
+    tensors = facts["tensors"]
+    lines = [
+        f"file        {path}",
+        f"kind        {facts['kind']}",
+        f"tensors     {len(tensors)}, {facts['parameters']:,} numbers, {facts['bytes'] / 2**20:.1f} MiB",
+        f"not finite  {', '.join(facts['not_finite']) or 'none'}",
+        f"runs code   {', '.join(facts['code']) or 'no'}",
+        *(f"note        {note}" for note in facts["notes"]),
+        "",
+        *(f"  {t['name']:<48} {t['dtype']:<10} {tuple(t['shape'])}" for t in tensors[:SHOWN]),
+    ]
+    more = len(tensors) - SHOWN
+    return "\n".join([*lines, f"  ... and {more} more (--format json)"] if more > 0 else lines)

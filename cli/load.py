@@ -1,0 +1,205 @@
+"""From MODEL and the task options to an Objective, and from that to the operator that was asked for."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from curvature_cli.code import is_spec, resolve
+from curvature_cli.options import Task
+from curvature_cli.output import warn
+
+if TYPE_CHECKING:
+    import torch
+
+    import curvature as cv
+
+
+def load_operator(model: str | None, task: Task) -> cv.LinearOperator:
+    """The matrix that --operator names, of the objective; its health is checked now."""
+    import curvature as cv
+
+    objective = load_objective(model, task)
+    health = objective.check()
+    if health.unused:
+        warn(f"the loss does not depend on {len(health.unused)} parameters: {', '.join(health.unused[:3])}, ...")
+    return cv.hessian(objective) if task.operator == "hessian" else cv.ggn(objective)
+
+
+def load_objective(model: str | None, task: Task) -> cv.Objective:
+    """The objective that MODEL and the options describe; demo:digits when they describe nothing."""
+    if task.objective is not None:
+        return _adjusted(_from_code(task.objective, model, task), task)
+    model = "demo:digits" if model is None else model
+    if model.startswith("demo:"):
+        return _adjusted(_demo(model), task)
+    if is_spec(model):
+        return _from_made(_called(model), model, task)
+    return _from_file(model, task)
+
+
+def _demo(model: str) -> cv.Objective:
+    import curvature as cv
+
+    return cv.demo(model.removeprefix("demo:"))
+
+
+def _from_code(spec: str, model: str | None, task: Task) -> cv.Objective:
+    """What the code at `spec` returns, with the weights of the file MODEL if there is one."""
+    import curvature as cv
+    from curvature.io.weights import read_tensors, state_dict_of
+
+    objective = _called(spec)
+    if not isinstance(objective, cv.Objective):
+        raise cv.BadObjective(f"{spec} returned a {type(objective).__name__}.", "It must return a curvature.Objective.")
+    if model is None:
+        return objective
+    state, notes = state_dict_of(read_tensors(model, allow=task.allow_global))
+    _say_all(notes)
+    return objective.with_state(state)
+
+
+def _from_file(path: str, task: Task) -> cv.Objective:
+    import curvature as cv
+    from curvature.io.models import read_module
+    from curvature.io.recognise import FileKind, recognise
+
+    arch = None if task.arch is None else partial(_called, task.arch, task.arch_arg)
+    if recognise(path) is FileKind.OBJECTIVE:
+        objective = cv.Objective.load(path, trust=task.trust, arch=arch, data=_data(task))
+        return _adjusted(objective, task, loaded=True)
+    _need_loss_and_data(path, task)  # before the file is opened: it may be large
+    module, notes = read_module(path, arch=arch, trust=task.trust, allow=task.allow_global)
+    _say_all(notes)
+    return _from_made(module, path, task)
+
+
+def _from_made(made: Any, name: str, task: Task) -> cv.Objective:
+    """An objective of what MODEL turned out to be: an objective already, or a module."""
+    import torch
+
+    import curvature as cv
+
+    if isinstance(made, cv.Objective):
+        return _adjusted(made, task)
+    if not isinstance(made, torch.nn.Module):
+        raise cv.BadObjective(f"{name} made a {type(made).__name__}.", "Return a torch.nn.Module or an Objective.")
+    _need_loss_and_data(name, task)
+    made = made.to(_device(task))
+    options: dict[str, Any] = {"select": _select(task), "mode": task.mode, "dtype": _dtype(task)}
+    if task.batch_size is not None:
+        options["batch_size"] = task.batch_size
+    assert task.loss is not None
+    if is_spec(task.loss):
+        return cv.Objective.from_loss(made, resolve(task.loss), _data(task), **options).first(task.max_examples)
+    return cv.Objective.of(made, task.loss, _data(task), **options).first(task.max_examples)
+
+
+def _adjusted(objective: cv.Objective, task: Task, *, loaded: bool = False) -> cv.Objective:
+    """An objective that came whole, with what the options change of it."""
+    import curvature as cv
+
+    if task.loss is not None or (task.arch is not None and not loaded):
+        raise cv.BadObjective("MODEL brings its own model and loss.", "Leave --loss and --arch out.")
+    if task.batch_size is not None and task.data is None:
+        raise cv.BadObjective("MODEL brings its own batches.", "Give --batch-size together with --data.")
+    if task.params or task.exclude:
+        objective = objective.narrowed(_select(task))
+    if task.data is not None and not loaded:
+        objective = objective.on(_data(task), **({"batch_size": task.batch_size} if task.batch_size else {}))
+    if task.mode != "eval":
+        objective = objective.in_mode(task.mode)
+    return objective.first(task.max_examples).to(dtype=_dtype(task), device=_device(task))
+
+
+def _need_loss_and_data(name: str, task: Task) -> None:
+    import curvature as cv
+
+    missing = [option for option, given in (("--loss", task.loss), ("--data", task.data)) if given is None]
+    if missing:
+        raise cv.BadObjective(
+            f"{name} says nothing about {' and '.join(option[2:] for option in missing)}.",
+            f"Pass {' and '.join(missing)}, or --objective ./file.py:NAME that returns a curvature.Objective.",
+        )
+
+
+def _data(task: Task) -> Any:
+    """What --data names: arrays from a file, a demo's batches, or what code returns."""
+    import curvature as cv
+    from curvature.io.data import read_data
+
+    if task.data is None:
+        return None
+    if task.data.startswith("demo:"):
+        return _demo(task.data).batches
+    if is_spec(task.data):
+        made = _called(task.data)
+        if made is None:
+            raise cv.BadObjective(f"{task.data} returned nothing.", "Return a DataLoader, batches, or tensors.")
+        return made
+    return read_data(task.data)
+
+
+def _select(task: Task) -> Callable[[str, Any], bool]:
+    wanted, unwanted = task.params or ("*",), task.exclude
+    return lambda name, _: any(fnmatchcase(name, g) for g in wanted) and not any(fnmatchcase(name, g) for g in unwanted)
+
+
+def _called(spec: str, arguments: tuple[str, ...] = ()) -> Any:
+    """What the code at `spec` returns when called with name=value arguments; objects that are no code as they are."""
+    import curvature as cv
+
+    made = resolve(spec)
+    if not callable(made) or isinstance(made, cv.Objective) or _is_module(made):
+        return made
+    pairs = (argument.partition("=") for argument in arguments)
+    try:
+        return made(**{name: _literal(value) for name, _, value in pairs})
+    except cv.CurvatureError:
+        raise
+    except Exception as error:  # the user's own code can raise anything
+        raise cv.BadObjective(
+            f"Calling {spec} failed: {type(error).__name__}: {error}.", "Run it with python to see where."
+        ) from error
+
+
+def _is_module(made: Any) -> bool:
+    import torch
+
+    return isinstance(made, torch.nn.Module)
+
+
+def _literal(text: str) -> Any:
+    """A number, list or quoted text as Python writes it; anything else as plain text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _dtype(task: Task) -> torch.dtype | None:
+    import torch
+
+    return None if task.dtype is None else getattr(torch, task.dtype)
+
+
+def _device(task: Task) -> torch.device:
+    import torch
+
+    if task.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=task.device).device
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device {task.device} cannot be used: {first}. Use cpu, or install a torch for it."
+        ) from error
+
+
+def _say_all(notes: list[str]) -> None:
+    for note in notes:
+        warn(note)

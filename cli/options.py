@@ -1,0 +1,73 @@
+"""The options that commands share: one name and one meaning everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Group, Parameter
+from cyclopts.validators import Number
+
+TASK, NUMBERS, SAFETY, OUTPUT = (
+    Group(name, sort_key=i) for i, name in enumerate(("Task", "Numbers", "Safety", "Output"))
+)
+
+Positive = Annotated[int, Parameter(validator=Number(gte=1), group=NUMBERS)]
+Tolerance = Annotated[float, Parameter(validator=Number(gt=0, lt=1), group=NUMBERS)]
+
+
+@Parameter(name="*", group=TASK)
+@dataclass(frozen=True)
+class Task:
+    """What is analysed: how MODEL becomes a loss of its parameters on data."""
+
+    objective: str | None = None
+    "Code that returns a curvature.Objective: ./file.py:name or package.module:name. MODEL, if given, is its weights."
+    arch: str | None = None
+    "Code that makes the module whose weights MODEL holds."
+    arch_arg: tuple[str, ...] = ()
+    "An argument for --arch, as name=value; may be repeated."
+    loss: str | None = None
+    "cross-entropy, mse, or code: a function loss(model, batch)."
+    data: str | None = None
+    "A .npz, safetensors or torch file of arrays, demo:NAME, or code that returns data."
+    batch_size: Annotated[int | None, Parameter(validator=Number(gte=1))] = None
+    "Examples computed at a time: bounds memory, changes no number. By default 256, and never cut for --loss code."
+    max_examples: Annotated[int | None, Parameter(validator=Number(gte=1))] = None
+    "Use only so many examples from the front of the data."
+    params: tuple[str, ...] = ()
+    "Only trainable parameters whose name matches this glob; may be repeated."
+    exclude: tuple[str, ...] = ()
+    "Not those whose name matches this glob; may be repeated."
+    operator: Literal["hessian", "ggn"] = "hessian"
+    "Which matrix."
+    mode: Literal["eval", "train"] = "eval"
+    "Whether batch normalisation and dropout act as in evaluation or in training (fixed masks)."
+    dtype: Literal["float32", "float64"] | None = None
+    "Precision of the computation; by default that of the weights."
+    device: str = "auto"
+    "cpu, cuda, cuda:1, ...; auto is cuda where there is one."
+    trust: Annotated[bool, Parameter(negative=(), group=SAFETY)] = False
+    "Run code that the model file brings along (pickled modules, TorchScript, .pt2)."
+    allow_global: Annotated[tuple[str, ...], Parameter(group=SAFETY)] = ()
+    "A class that may be unpickled although it is not on torch's safe list; may be repeated."
+
+
+@Parameter(name="*", group=OUTPUT)
+@dataclass(frozen=True)
+class Output:
+    """Where the result goes."""
+
+    out: Path | None = None
+    "A folder for result.json, arrays.safetensors and the picture. Without it nothing is written."
+    format: Literal["human", "json", "quiet"] = "human"
+    "What standard output gets: a table, exactly result.json, or nothing."
+    overwrite: Annotated[bool, Parameter(negative=())] = False
+    "Replace a result that is already in --out."
+    progress: Literal["auto", "bar", "log", "none"] = "auto"
+    "A bar on terminals, a line every 10 s elsewhere, on standard error."
+    threads: Annotated[int | None, Parameter(validator=Number(gte=1))] = None
+    "CPU threads; bits may depend on them."
+    debug: Annotated[bool, Parameter(negative=())] = False
+    "Show the traceback of an error."

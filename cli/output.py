@@ -1,0 +1,134 @@
+"""From a measurement to the person: progress on stderr, the table or JSON on stdout, files in --out."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from curvature_cli.options import Output
+
+if TYPE_CHECKING:
+    import curvature as cv
+
+PATIENCE = 10.0  # seconds between lines of progress where there is no terminal
+
+
+def prepare(output: Output, command: str) -> None:
+    """Refuse, before any work is done, what could not be written afterwards; set the number of threads."""
+    if output.out is not None and (output.out / "result.json").exists() and not output.overwrite:
+        raise ValueError(f"{output.out} already holds a result. Pass --overwrite, or another --out.")
+    if output.out is not None and output.out.exists() and not output.out.is_dir():
+        raise ValueError(f"{output.out} is a file; --out takes a folder.")
+    if output.threads is not None:
+        import torch
+
+        torch.set_num_threads(output.threads)
+
+
+def deliver(measure: Callable[[cv.Run], cv.Result], output: Output, command: str) -> None:
+    """Measure under a progress display and emit the result; after an interrupt what there is, then the interrupt."""
+    from curvature import Interrupted
+
+    try:
+        with _display(output) as run:
+            result = measure(run)
+    except Interrupted as stop:
+        emit(stop.result, output, command)
+        warn("interrupted: this is what was measured until then.")
+        raise
+    emit(result, output, command)
+
+
+def emit(result: cv.Result, output: Output, command: str) -> None:
+    """Write the files, then the table or JSON."""
+    if output.out is not None:
+        folder = result.save(output.out)
+        picture = _picture(result, folder / f"{command}.png")
+    if output.format == "json":
+        print(json.dumps(result.to_dict(), allow_nan=False))
+    elif output.format == "human":
+        print(_table(result))
+        if output.out is None:
+            print("Nothing was written; --out DIR keeps the numbers and a picture.", file=sys.stderr)
+        else:
+            print(f"Written to {output.out}: result.json, arrays.safetensors{picture}", file=sys.stderr)
+
+
+def warn(text: str) -> None:
+    """One line on stderr."""
+    print(f"curv: {text}", file=sys.stderr)
+
+
+def _table(result: cv.Result) -> str:
+    operator = result.origin.operator
+    title = f"{operator.get('operator', '')} of {operator.get('model', 'an operator')}, {operator.get('loss', '')}"
+    rows = {title: "", **result.summary()}
+    width = max(len(label) for label in result.summary())
+    lines = [f"{label:<{width}}  {text}".rstrip() for label, text in rows.items()]
+    return "\n".join([*lines, f"{'cost':<{width}}  {result.cost}"])
+
+
+def _picture(result: cv.Result, path: Path) -> str:
+    """Draw the result to `path`; the words that name it, or none where matplotlib is missing."""
+    try:
+        axes = result.plot()
+    except ImportError as error:
+        warn(str(error))
+        return ""
+    axes.figure.savefig(path, dpi=150)  # pyright: ignore[reportAttributeAccessIssue]
+    return f", {path.name}"
+
+
+@contextmanager
+def _display(output: Output) -> Iterator[cv.Run]:
+    """A Run whose progress is a bar on a terminal, a line now and then elsewhere, or nothing."""
+    from curvature import Run
+
+    kind = output.progress
+    if kind == "auto":
+        kind = "none" if output.format == "quiet" else "bar" if sys.stderr.isatty() else "log"
+    if kind == "none":
+        yield Run()
+    elif kind == "log":
+        yield Run(progress=_Log())
+    else:
+        with _bar() as progress:
+            yield Run(progress=progress)
+
+
+class _Log:
+    """Prints a line of progress every PATIENCE seconds."""
+
+    def __init__(self) -> None:
+        self.started = self.last = time.monotonic()
+
+    def __call__(self, progress: cv.Progress) -> None:
+        now = time.monotonic()
+        if now - self.last < PATIENCE:
+            return
+        self.last = now
+        left = (now - self.started) * (progress.total / progress.done - 1)
+        warn(f"{progress.done}/{progress.total} {progress.unit}, at most {left:.0f} s left, {progress.note}")
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[cv.Progress], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, TextColumn("{task.fields[note]}", markup=False), console=Console(stderr=True),
+             transient=True) as bar:  # fmt: skip
+        task = bar.add_task("starting", total=None, note="")
+
+        def update(progress: cv.Progress) -> None:
+            bar.update(task, description=progress.question, completed=progress.done, total=progress.total,
+                       note=progress.note)  # fmt: skip
+
+        yield update

@@ -1,0 +1,40 @@
+"""curv spectrum: the whole eigenvalue distribution."""
+
+from __future__ import annotations
+
+from curvature_cli.load import load_operator
+from curvature_cli.options import Output, Positive, Task
+from curvature_cli.output import deliver, prepare
+
+
+def spectrum(
+    model: str | None = None,
+    /,
+    *,
+    probes: Positive = 8,
+    steps: Positive = 80,
+    seed: int = 0,
+    task: Task = Task(),
+    output: Output = Output(),
+) -> None:
+    """Eigenvalue density of the Hessian or GGN, with error bands and the outliers, by stochastic Lanczos quadrature.
+
+    Examples: `curv spectrum --out digits`; `curv spectrum demo:hamlet --operator ggn --probes 4 --steps 40`;
+    `curv spectrum weights.pt --arch ./net.py:Net --loss cross-entropy --data train.npz --out run1`.
+
+    Parameters
+    ----------
+    model
+        demo:NAME, a file, a Hugging Face folder, or code; demo:digits when left out.
+    probes
+        Random start vectors: more make the error bars smaller.
+    steps
+        Krylov steps, each one pass over the data: more resolve finer.
+    seed
+        Of the random vectors.
+    """
+    prepare(output, "spectrum")
+    import curvature as cv
+
+    A = load_operator(model, task)
+    deliver(lambda run: cv.spectral_density(A, probes=probes, steps=steps, seed=seed, run=run), output, "spectrum")
