@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from typing import Literal
 
-from curvature_cli.load import load_operator
-from curvature_cli.options import Output, Positive, Task, Tolerance
-from curvature_cli.output import deliver, prepare
+from .load import load_operator
+from .options import Count, Output, Positive, Seed, Task, Tolerance
+from .output import deliver, prepare
 
 
 def eig(
     model: str | None = None,
     /,
     *,
-    k: Positive = 3,
+    k: Count = 3,
     which: Literal["largest", "smallest", "both", "magnitude"] = "largest",
     rtol: Tolerance = 1e-5,
     max_steps: Positive = 200,
-    seed: int = 0,
+    seed: Seed = 0,
     task: Task = Task(),
     output: Output = Output(),
 ) -> None:
     """The k eigenvalues at one end, each with its residual, by thick-restart block Lanczos.
 
-    Examples: `curv eig`; `curv eig model.pt -k 10 --which both`; `curv eig HF_DIR --loss ./task.py:loss --data pairs.npz`.
+    Examples: `curv eig`; `curv eig model.pt -k 10 --which both`; `curv eig HF_DIR --loss ./task.py:loss --data x.npz`.
 
     Parameters
     ----------

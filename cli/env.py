@@ -6,12 +6,13 @@ import json
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
+
+from .options import Format
 
 PACKAGES = ("curvature-toolkit", "torch", "numpy", "scipy", "safetensors", "matplotlib", "transformers")
 
 
-def env(*, format: Literal["human", "json", "quiet"] = "human") -> None:
+def env(*, format: Format = "human") -> None:
     """Versions, device, threads and memory, for a bug report.
 
     Parameters

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from .options import Format
 
 SHOWN = 40  # tensors listed in the table; JSON has all
 
 
-def inspect(path: Path, /, *, format: Literal["human", "json", "quiet"] = "human") -> None:
+def inspect(path: Path, /, *, format: Format = "human") -> None:
     """What a model file is: its kind, tensors, parameters, non-finite values, and the code it would run.
 
     Examples: `curv inspect model.pt`; `curv inspect model.safetensors --format json`.

@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from curvature_cli.code import is_spec, resolve
-from curvature_cli.options import Task
-from curvature_cli.output import warn
+from .code import is_spec, resolve
+from .options import Task
+from .output import warn
 
 if TYPE_CHECKING:
     import torch

@@ -25,13 +25,23 @@ CODES = {  # by class name, so that no error makes us import torch
 }
 HELP = """Curvature of the loss of PyTorch models, with honest error bars.
 
-`curv spectrum` analyses an embedded model; `curv spectrum model.pt` one of yours. MODEL is demo:digits, demo:digits-cnn
-or demo:hamlet, a file written by objective.save, weights with --arch, a Hugging Face folder, or code that returns an
-objective: ./file.py:name or package.module:name. Options can be kept in ./curv.toml, a table a command.
+`curv spectrum` analyses an embedded model, `curv spectrum model.pt` one of yours.
 
-Exit codes: 0 ok, 1 internal error, 2 usage, 3 file unreadable, 4 refused as unsafe, 5 model or loss cannot be analysed,
-6 numerical failure, 7 out of memory or disk, 130 interrupted.
+MODEL is demo:digits, demo:digits-cnn or demo:hamlet, a file written by objective.save, weights with --arch, a Hugging \
+Face folder, or code that returns an objective: ./file.py:name or package.module:name.
+
+Defaults of options can be kept in ./curv.toml, one table a command.
+
+Exit codes: 0 ok, 1 internal error, 2 usage, 3 file unreadable, 4 refused as unsafe, 5 model or loss cannot be \
+analysed, 6 numerical failure, 7 out of memory or disk, 130 interrupted.
 """
+COMMANDS = {
+    "spectrum": "The whole eigenvalue distribution: bulk, outliers, negative mass.",
+    "eig": "Extreme eigenvalues with their residuals.",
+    "trace": "The sum of all eigenvalues, with a confidence interval.",
+    "inspect": "What is in a model file; runs none of it.",
+    "env": "Versions, device and memory, for a bug report.",
+}
 
 
 class Terminated(KeyboardInterrupt):
@@ -47,8 +57,8 @@ def _version() -> str:
 def build() -> App:
     """The app with every command, each in a module of its own that is imported when it is asked for."""
     app = App(name="curv", help=HELP, help_format="plaintext", version=_version, config=_without_trust)
-    for command in ("spectrum", "trace", "eig", "inspect", "env"):
-        app.command(f"curvature_cli.{command}:{command}", name=command)
+    for command, line in COMMANDS.items():
+        app.command(f"curvature_cli.{command}:{command}", name=command, help=line)
     return app
 
 

@@ -14,7 +14,13 @@ TASK, NUMBERS, SAFETY, OUTPUT = (
 )
 
 Positive = Annotated[int, Parameter(validator=Number(gte=1), group=NUMBERS)]
+Count = Annotated[int, Parameter(name=("--k", "-k"), validator=Number(gte=1), group=NUMBERS)]
+Seed = Annotated[int, Parameter(group=NUMBERS)]
 Tolerance = Annotated[float, Parameter(validator=Number(gt=0, lt=1), group=NUMBERS)]
+
+
+Many = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
+Format = Literal["human", "json", "quiet"]
 
 
 @Parameter(name="*", group=TASK)
@@ -26,7 +32,7 @@ class Task:
     "Code that returns a curvature.Objective: ./file.py:name or package.module:name. MODEL, if given, is its weights."
     arch: str | None = None
     "Code that makes the module whose weights MODEL holds."
-    arch_arg: tuple[str, ...] = ()
+    arch_arg: Many = ()
     "An argument for --arch, as name=value; may be repeated."
     loss: str | None = None
     "cross-entropy, mse, or code: a function loss(model, batch)."
@@ -36,9 +42,9 @@ class Task:
     "Examples computed at a time: bounds memory, changes no number. By default 256, and never cut for --loss code."
     max_examples: Annotated[int | None, Parameter(validator=Number(gte=1))] = None
     "Use only so many examples from the front of the data."
-    params: tuple[str, ...] = ()
+    params: Many = ()
     "Only trainable parameters whose name matches this glob; may be repeated."
-    exclude: tuple[str, ...] = ()
+    exclude: Many = ()
     "Not those whose name matches this glob; may be repeated."
     operator: Literal["hessian", "ggn"] = "hessian"
     "Which matrix."
@@ -50,7 +56,7 @@ class Task:
     "cpu, cuda, cuda:1, ...; auto is cuda where there is one."
     trust: Annotated[bool, Parameter(negative=(), group=SAFETY)] = False
     "Run code that the model file brings along (pickled modules, TorchScript, .pt2)."
-    allow_global: Annotated[tuple[str, ...], Parameter(group=SAFETY)] = ()
+    allow_global: Annotated[tuple[str, ...], Parameter(group=SAFETY, negative=(), show_default=False)] = ()
     "A class that may be unpickled although it is not on torch's safe list; may be repeated."
 
 
@@ -61,7 +67,7 @@ class Output:
 
     out: Path | None = None
     "A folder for result.json, arrays.safetensors and the picture. Without it nothing is written."
-    format: Literal["human", "json", "quiet"] = "human"
+    format: Format = "human"
     "What standard output gets: a table, exactly result.json, or nothing."
     overwrite: Annotated[bool, Parameter(negative=())] = False
     "Replace a result that is already in --out."

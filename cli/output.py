@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from curvature_cli.options import Output
+from .options import Output
 
 if TYPE_CHECKING:
     import curvature as cv

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from curvature_cli.load import load_operator
-from curvature_cli.options import Output, Positive, Task
-from curvature_cli.output import deliver, prepare
+from .load import load_operator
+from .options import Output, Positive, Seed, Task
+from .output import deliver, prepare
 
 
 def spectrum(
@@ -13,7 +13,7 @@ def spectrum(
     *,
     probes: Positive = 8,
     steps: Positive = 80,
-    seed: int = 0,
+    seed: Seed = 0,
     task: Task = Task(),
     output: Output = Output(),
 ) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from curvature_cli.load import load_operator
-from curvature_cli.options import Output, Positive, Task
-from curvature_cli.output import deliver, prepare
+from .load import load_operator
+from .options import Output, Positive, Seed, Task
+from .output import deliver, prepare
 
 
 def trace(
@@ -15,7 +15,7 @@ def trace(
     *,
     products: Positive = 32,
     method: Literal["auto", "hutchinson", "hutch++"] = "auto",
-    seed: int = 0,
+    seed: Seed = 0,
     task: Task = Task(),
     output: Output = Output(),
 ) -> None:

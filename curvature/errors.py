@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -58,3 +59,14 @@ def printable(text: object, limit: int = 80) -> str:
     text = str(text)
     shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:limit])
     return shown if len(text) <= limit else f"{shown}..."
+
+
+def listing(names: Sequence[object], limit: int = 8) -> str:
+    """The first `limit` names, printable, with commas; dots stand for the rest."""
+    return ", ".join([*(printable(name) for name in names[:limit]), *(["..."] if len(names) > limit else [])])
+
+
+def one_line(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says."""
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {printable(first, 160).rstrip('.')}" if first else type(error).__name__

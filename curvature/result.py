@@ -135,7 +135,8 @@ class Result:
             for f in fields(classes[kind])
             if f.name not in ("cost", "origin")
         }
-        return classes[kind](**values, cost=Cost(**written["cost"]), origin=Origin(**written["origin"]))
+        made: Any = classes[kind]
+        return made(**values, cost=Cost(**written["cost"]), origin=Origin(**written["origin"]))
 
     def plot(self, ax: Axes | None = None, **style: Any) -> Axes:
         """Draw the result on `ax`, or on new axes; needs the extra `plot` (matplotlib)."""
@@ -168,14 +169,15 @@ class Estimate(Result):
     """A value with its standard error.
 
     `value` and `stderr` have one shape; `samples` independent draws stand behind them, with `dof` degrees of freedom,
-    both 0 when the value is exact. `floor` bounds the rounding of the operator's dtype and is added to every interval.
+    both 0 when the value is exact. `floor` bounds errors that no repetition shows (rounding of the operator's dtype, the
+    resolution of a spectrum) and is added to every interval.
     """
 
     value: Tensor
     stderr: Tensor
     samples: int
     dof: float
-    floor: float = 0.0
+    floor: float | Tensor = 0.0
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """The confidence interval at `level`: Student's t with `dof` degrees of freedom, and the rounding floor."""

@@ -1,7 +1,6 @@
 """The oracle of "nothing was touched": a bit-exact account of a module and of torch's global state.
 
-with untouched(module):
-    ...                     # AssertionError at the end if anything is different, also when the body raised
+`untouched(module)` is a context; it raises AssertionError on leaving, with what differs, also when the body raised.
 """
 
 from __future__ import annotations

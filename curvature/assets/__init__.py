@@ -40,7 +40,7 @@ def _hamlet(dtype: torch.dtype | None) -> Objective:
 def _trained(module: nn.Module, file: str) -> nn.Module:
     from safetensors.torch import load
 
-    state: dict[str, Tensor] = load(files(__package__).joinpath(f"{file}.safetensors").read_bytes())
+    state: dict[str, Tensor] = load(files("curvature.assets").joinpath(f"{file}.safetensors").read_bytes())
     module.load_state_dict(state)
     return module
 

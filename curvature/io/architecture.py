@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from curvature.errors import BadFile, UnsafeFile, printable
 from curvature.io.layers import LAYERS, arguments_of, make_layer, same_layer, tensors_of
 from curvature.io.recognise import FileKind, pickles, recognise
+from curvature.io.safe import read_pickled
 from curvature.io.tensors import check_tensors
-from curvature.io.weights import load_into, module_in, read_pickled
+from curvature.io.weights import load_into, module_in
 
 MAX_LAYERS = 10_000
 MAX_DEPTH = 32
@@ -80,7 +81,7 @@ def load_stock(path: str | PathLike[str]) -> nn.Module:
     """
     kind = recognise(path)
     if kind not in (FileKind.MODULE, FileKind.LEGACY):
-        raise BadFile(f"{path} is {kind.value}, not a pickled nn.Module.")
+        raise BadFile(f"{path} is {kind.value}, not a pickled nn.Module.", "Name its class with --arch.")
     # torch.save never has a constructor called: a file that does could claim any amount of memory.
     stock = {f"{layer.__module__}.{layer.__qualname__}" for layer in stock_globals()}
     if any(stock & pickle.called for pickle in pickles(path)):

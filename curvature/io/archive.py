@@ -18,7 +18,7 @@ from typing import BinaryIO
 from curvature.errors import BadFile, printable
 
 MAGIC = b"PK\x03\x04"
-EXPANSION = 100  # most that one compressed record may grow; TorchScript's sources stay under 20
+EXPANSION = 100  # most that one compressed record may grow; the sources in TorchScript reach 10
 GROWTH = 256 << 20  # most bytes that unpacking may add in all; tensors are stored uncompressed
 RECORD = 256 << 20  # largest record that is read whole (pickles, marks); tensors never are
 PIECE = 1 << 20

@@ -84,7 +84,7 @@ def make_layer(name: str, arguments: Mapping[str, Any], *, device: str) -> nn.Mo
         raise BadFile(f"{printable(name)!r} is not a stock layer.")
     known = _signature(LAYERS[name])
     for key, value in arguments.items():
-        if key not in known or not _is_plain(value) or (key == "dtype" and value not in _DTYPES):
+        if key not in known or not _is_plain(value) or (key == "dtype" and str(value) not in _DTYPES):
             raise BadFile(f"{name} takes no {printable(key)}={printable(repr(value))}.")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     if "dtype" in known:
@@ -103,7 +103,7 @@ def make_layer(name: str, arguments: Mapping[str, Any], *, device: str) -> nn.Mo
 def same_layer(layer: nn.Module, fresh: nn.Module) -> bool:
     """Whether `layer`, given equal tensors, computes what the freshly made `fresh` does.
 
-    An attribute that neither the class nor its constructor knows is the user's note: torch never reads it.
+    An attribute that a fresh layer does not have at all is the user's note: torch never reads it.
     """
     return (
         type(layer) is type(fresh)
@@ -111,14 +111,15 @@ def same_layer(layer: nn.Module, fresh: nn.Module) -> bool:
         and _facts(layer._parameters) == _facts(fresh._parameters)
         and _facts(layer._buffers) == _facts(fresh._buffers)
         and all(_is_as_in(fresh, name, value) for name, value in vars(layer).items() if name not in _TENSORS)
+        and layer.extra_repr() == fresh.extra_repr()
     )
 
 
 def _is_as_in(fresh: nn.Module, name: str, value: Any) -> bool:
-    """Whether the attribute is equal in the fresh layer, or unknown to it and to its class."""
+    """Whether the attribute is equal in the fresh layer, or hides nothing there (a parameter, a method)."""
     if name not in vars(fresh):
-        return not hasattr(type(fresh), name)
-    return not isinstance(value, Tensor) and _listed(value) == _listed(vars(fresh)[name])
+        return not hasattr(fresh, name)
+    return not isinstance(value, Tensor) and bool(value == vars(fresh)[name])
 
 
 def _facts(tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:

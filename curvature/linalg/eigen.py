@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import singledispatch
+from itertools import islice
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from curvature.errors import Interrupted
+from curvature.errors import Interrupted, NotConverged
 from curvature.linalg.krylov import Krylov
 from curvature.linalg.measurement import Measurement
 from curvature.linalg.operator import LinearOperator, as_operator
+from curvature.linalg.space import Space
 from curvature.linalg.structured import Diagonal
 from curvature.progress import Run
 from curvature.result import Result
@@ -76,14 +79,19 @@ def eigsh(
     _check(A, k, which)
     block = max(1, min(block, n))
     krylov = Krylov(measurement, capacity=min(n, max(3 * k, 24) + 5 * block))
-    krylov.start(A.domain.draw(block, seed=seed, kind="sphere"))
+    draws = A.domain.draws(seed=seed, kind="sphere")
     try:
-        _iterate(krylov, k, which, rtol, max_steps, block)
+        _iterate(krylov, draws, k, which, rtol, max_steps, block)
+        if krylov.multiplied < k:
+            raise NotConverged(
+                f"{max_steps} steps made {krylov.multiplied} directions, fewer than the k = {k} asked for.",
+                "Raise max_steps or block.",
+            )
+        return _eigenpairs(krylov, k, which, rtol, measured=True)
     except KeyboardInterrupt as stop:
         if krylov.multiplied < k:
             raise
         raise Interrupted(_eigenpairs(krylov, k, which, rtol, measured=False)) from stop
-    return _eigenpairs(krylov, k, which, rtol, measured=True)
 
 
 @eigsh.register
@@ -135,11 +143,15 @@ def _check(A: LinearOperator, k: int, which: Which) -> None:
     wanted(torch.zeros(1), which)
 
 
-def _iterate(krylov: Krylov, k: int, which: Which, rtol: float, max_steps: int, block: int) -> None:
+def _iterate(
+    krylov: Krylov, draws: Iterator[Tensor], k: int, which: Which, rtol: float, max_steps: int, block: int
+) -> None:
     """Grow and restart the basis until the k wanted Ritz pairs have converged, or the steps are used up."""
     capacity = len(krylov._basis)
     for step in range(1, max_steps + 1):
-        more = krylov.step()
+        if krylov.width == 0:  # at the start, and when the basis is invariant but more is wanted of it
+            krylov.start(torch.stack(list(islice(draws, block))))
+        krylov.step()
         values, vectors = torch.linalg.eigh(krylov.projected)
         order = wanted(values, which)
         chosen = order[:k]
@@ -147,15 +159,13 @@ def _iterate(krylov: Krylov, k: int, which: Which, rtol: float, max_steps: int, 
         settled = int((residuals <= _tolerance(krylov, values[chosen], rtol)).sum())
         lead = f"{float(values[order[0]]):.5g}"
         krylov.measurement.report(step, max_steps, f"{settled} of {k} converged, first {lead}")
-        if not more or krylov.multiplied == krylov.space.size or (len(chosen) == k and settled == k):
-            return
-        if step == max_steps:
+        if krylov.multiplied == krylov.space.size or settled == k or step == max_steps:
             return
         if krylov.size + block > capacity and capacity < krylov.space.size:
             keep = min(k + (krylov.multiplied - k) // 2, krylov.multiplied - block)
             krylov.restart(values[order[:keep]], vectors[:, order[:keep]])
-        elif not krylov.extend():
-            return
+        else:
+            krylov.extend()
 
 
 def _tolerance(krylov: Krylov, values: Tensor, rtol: float) -> Tensor:
@@ -173,9 +183,7 @@ def _eigenpairs(krylov: Krylov, k: int, which: Which, rtol: float, *, measured: 
     rows = space.combine(vectors[:, chosen].T, krylov.basis)
     rows /= space.norms(rows).to(rows.dtype).unsqueeze(1)
     if measured:
-        products = krylov.measurement.apply(rows)
-        values = torch.stack([space.inner(u[None], v[None])[0, 0] for u, v in zip(rows, products, strict=True)])
-        residuals = space.norms(products - values.to(rows.dtype).unsqueeze(1) * rows)
+        values, residuals = _quotients(space, rows, krylov.measurement.apply(rows))
     return Eigenpairs(
         values=values,
         vectors=rows,
@@ -185,3 +193,13 @@ def _eigenpairs(krylov: Krylov, k: int, which: Which, rtol: float, *, measured: 
         cost=krylov.measurement.cost,
         origin=krylov.measurement.origin,
     )
+
+
+def _quotients(space: Space, rows: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
+    """u.Au / u.u and |Au - value u| / |u| for each row u, in float64: in its own dtype no row has length 1."""
+    pairs = []
+    for u, v in zip(rows.split(1), products.split(1), strict=True):
+        value = (space.inner(u, v) / space.inner(u, u))[0, 0]
+        pairs.append(torch.stack([value, (space.norms(v.double() - value * u.double()) / space.norms(u))[0]]))
+    values, residuals = torch.stack(pairs).T
+    return values, residuals

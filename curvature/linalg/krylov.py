@@ -23,7 +23,8 @@ class Krylov:
     """Rows V, orthonormal, and T = V A V^T in float64, grown by `step`.
 
     The last `width` rows of V are the frontier: `step` multiplies them by A and leaves in `remainder` what the products
-    have outside the span of V, from which the residuals of all Ritz pairs follow; `extend` makes it the next frontier.
+    have outside the span of V; `extend` makes it the next frontier. On the rows whose products are known,
+    A V^T = V^T T + remainder^T edge, from which the residuals of all Ritz pairs follow.
     """
 
     def __init__(self, measurement: Measurement, capacity: int) -> None:
@@ -36,6 +37,7 @@ class Krylov:
         self.width = 0  # of which so many form the frontier
         self.multiplied = 0  # rows whose product with A is known: T is complete on them
         self.remainder: Tensor = self._basis[:0]
+        self.edge: Tensor = self._projected[:0, :0]  # (rows of the remainder, multiplied)
         self.noise = 0.0  # the largest |u.Av - v.Au| seen: what rounding does to the entries of T
         self.scale = 0.0  # the largest product seen: a lower bound of the norm of A, what "small" is relative to
 
@@ -56,8 +58,10 @@ class Krylov:
         return (T + T.T) / 2
 
     def start(self, rows: Float[Tensor, "k n"]) -> None:
-        """Take the span of `rows` as the first frontier."""
-        self._append(rows / self.space.norms(rows).to(rows.dtype).unsqueeze(1))
+        """Take what `rows` span beyond the basis as the frontier: the first, or a new one of an invariant basis."""
+        rows = rows / self.space.norms(rows).to(rows.dtype).unsqueeze(1)
+        self._project_out(rows)
+        self._append(rows, small=0.0)
 
     def step(self) -> bool:
         """Multiply the frontier by A and extend T; False when the basis spans an invariant subspace."""
@@ -68,46 +72,48 @@ class Krylov:
         self._check_symmetry(components, frontier)
         self._couple(frontier, slice(0, self.size), components)
         self.multiplied, self.remainder = self.size, rows
+        self.edge = torch.eye(self.size, dtype=torch.float64, device=rows.device)[frontier]
         return bool(self.space.norms(rows).max() > self._small)
 
     def extend(self) -> bool:
         """Make the remainder the next frontier; False when nothing of it is left."""
         block = slice(self.size - self.width, self.size)
-        fresh = self._append(self.remainder)
+        fresh = self._append(self.remainder, small=self._small)
         self._couple(fresh, block, self.space.inner(self._basis[fresh], self.remainder))
         return self.width > 0
 
     def restart(self, values: Float[Tensor, " k"], vectors: Float[Tensor, "d k"]) -> None:
         """Keep only the given Ritz pairs, and the remainder as the frontier (Wu & Simon 2000, thick restart)."""
-        kept = len(values)
+        kept, basis = len(values), self.basis
+        self.multiplied = 0  # whoever is interrupted below finds nothing, rather than half of two bases
         for start in range(0, self.space.size, CHUNK):  # in place, so that a restart needs no second basis
             columns = slice(start, start + CHUNK)
-            self._basis[:kept, columns] = self.space.combine(vectors.T, self.basis[:, columns])
-        last = vectors[self.multiplied - len(self.remainder) :]
+            self._basis[:kept, columns] = self.space.combine(vectors.T, basis[:, columns])
+        self.edge = self.edge @ vectors
         self._projected.zero_()
         self._projected[:kept, :kept] = torch.diag(values)
         self.size = self.multiplied = kept
-        fresh = self._append(self.remainder)
-        self._couple(fresh, slice(0, kept), self.space.inner(self._basis[fresh], self.remainder) @ last)
+        fresh = self._append(self.remainder, small=self._small)
+        self._couple(fresh, slice(0, kept), self.space.inner(self._basis[fresh], self.remainder) @ self.edge)
 
     def residuals(self, vectors: Float[Tensor, "d k"]) -> Float[Tensor, " k"]:
         """Norms of A y - theta y for the Ritz vectors y = vectors^T V: what A y has outside the basis."""
-        last = vectors[self.multiplied - len(self.remainder) :]
+        outside = self.edge @ vectors
         gram = self.space.inner(self.remainder, self.remainder)
-        return (last * (gram @ last)).sum(0).clamp(min=0).sqrt()
+        return (outside * (gram @ outside)).sum(0).clamp(min=0).sqrt()
 
     @property
     def _small(self) -> float:
         """Norms up to this are rounding: of the entries in their dtype, and of the float64 sums over them."""
         return 10 * (self.space.eps + torch.finfo(torch.float64).eps * self.space.size**0.5) * self.scale
 
-    def _append(self, rows: Tensor) -> slice:
-        """Append what `rows` span beyond the basis, as the frontier; returns where it lies.
+    def _append(self, rows: Tensor, *, small: float) -> slice:
+        """Append what `rows` span, beyond `small`, as the frontier; returns where it lies.
 
         `rows` have been cleaned of the basis once; the second time ("twice is enough", Giraud et al. 2005) comes after
         they were normalised, so that it also removes what cancellation has blown up.
         """
-        fresh = self.space.orthonormal(rows, small=self._small)
+        fresh = self.space.orthonormal(rows, small=small)
         self._project_out(fresh)
         fresh = self.space.orthonormal(fresh)[: len(self._basis) - self.size]
         place = slice(self.size, self.size + len(fresh))

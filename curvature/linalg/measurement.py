@@ -46,7 +46,7 @@ class Measurement:
     def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
         """A times each row; NonFinite when a product is not finite, which would poison all that follows."""
         self.products += len(rows)
-        product = self.operator.apply(rows)
+        product = self.operator.apply(rows).detach()  # of a matrix that is a parameter, say
         if not torch.isfinite(product).all():
             raise NonFinite(
                 f"A product with {self.operator!r} has entries that are not finite.",

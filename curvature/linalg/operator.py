@@ -142,9 +142,9 @@ class LinearOperator(ABC):
             vector = torch.from_numpy(np.ascontiguousarray(x)).to(operator.device, operator.dtype)
             return (operator @ vector).cpu().numpy()
 
-        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
-        return scipy.sparse.linalg.LinearOperator(  # pyright: ignore[reportCallIssue]
-            dtype=dtype,
+        make: Any = scipy.sparse.linalg.LinearOperator  # SciPy picks a subclass by these keywords
+        return make(
+            dtype=torch.empty(0, dtype=self.dtype).numpy().dtype,
             shape=self.shape,
             matvec=lambda x: times(self, x.reshape(-1)),
             matmat=lambda x: times(self, x),

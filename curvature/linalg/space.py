@@ -39,7 +39,10 @@ class Space:
 
     def norms(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, " k"]:
         """Euclidean norm of each row, in float64."""
-        return torch.stack([torch.linalg.vector_norm(row, dtype=torch.float64) for row in rows])
+        lengths = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
+        for length, row in zip(lengths, rows, strict=True):
+            length.copy_(torch.linalg.vector_norm(row, dtype=torch.float64))
+        return lengths
 
     def combine(self, coefficients: Float[Tensor, "k l"], rows: Float[Tensor, "l n"]) -> Float[Tensor, "k n"]:
         """The linear combinations sum_j coefficients[i, j] rows[j], in the dtype of the rows."""

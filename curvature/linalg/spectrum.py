@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -57,8 +57,17 @@ class SpectralDensity(Result):
         )
 
     def cdf(self, points: Float[Tensor, " t"]) -> Estimate:
-        """The share of eigenvalues at or below each of `points` (t,): a staircase that needs no bandwidth."""
-        return self.mean(lambda nodes: (nodes <= points.double().unsqueeze(1)).double())
+        """The share of eigenvalues at or below each of `points` (t,): a staircase that needs no bandwidth.
+
+        `stderr` is the spread over probes. A node stands for all eigenvalues around it, so between nodes the staircase
+        may be off by a step: `floor` is the larger of the two steps beside each point, and part of every interval.
+        """
+        points = points.double()
+        share = self.mean(lambda nodes: (nodes <= points.unsqueeze(1)).double())
+        above = torch.searchsorted(self.nodes, points, right=True)
+        steps = torch.zeros(len(self.nodes) + 2, dtype=torch.float64)
+        steps[1:-1] = self.weights.mean(0) * ~self.single  # a counted node hides nothing
+        return replace(share, floor=torch.maximum(steps[above], steps[above + 1]))
 
     def quantile(self, share: float) -> float:
         """The smallest node at or below which at least `share` of the eigenvalues lie."""
@@ -69,10 +78,17 @@ class SpectralDensity(Result):
 
     @property
     def alone(self) -> Bool[Tensor, " d"]:
-        """Which nodes are outliers: converged, counted, and further out than every node that is not."""
-        rest = self.nodes[~self.single]
-        low, high = (rest.min(), rest.max()) if len(rest) else (0.0, 0.0)
-        return self.single & ((self.nodes < low) | (self.nodes > high))
+        """Which nodes are outliers: counted, at an end, and further than `width` from the next node inwards.
+
+        Distances are on the signed logarithmic axis, where `width` is a factor beyond `unit`.
+        """
+        s = signed_log(self.nodes, self.unit)
+        apart = s.diff() > self.width
+        edge = torch.ones(1, dtype=torch.bool)
+        top = torch.cat([edge & False, apart]) & self.single & (s > 0)
+        bottom = torch.cat([apart, edge & False]) & self.single & (s < 0)
+        from_top = top.flip(0).long().cumprod(0).flip(0).bool()
+        return from_top | bottom.long().cumprod(0).bool()
 
     @property
     def outliers(self) -> Float[Tensor, " o"]:
@@ -84,38 +100,56 @@ class SpectralDensity(Result):
         """Where the signed logarithmic axis turns from linear to logarithmic: 1e-4 of the largest magnitude."""
         return 1e-4 * float(self.nodes.abs().max())
 
+    @property
+    def width(self) -> float:
+        """The resolution on that axis: how far apart `steps` nodes would be on average."""
+        s = signed_log(self.nodes[[0, -1]], self.unit)
+        return max(float(s[1] - s[0]) / self.steps, 1e-6)
+
     def density(self, points: Float[Tensor, " t"]) -> Estimate:
         """The density of all but the outliers at `points`, as mass per unit of the signed logarithmic axis.
 
-        On the axis s(t) = sign(t) log10(1 + |t| / unit) every node is a Gaussian as wide as `steps` nodes are apart on
-        average; mass per unit of t is this times ds/dt.
+        On the axis s(t) = sign(t) log10(1 + |t| / unit) every node is a Gaussian; its standard deviation is `width` or,
+        where nodes are sparser, a quarter of the way between the nearest blocks of them, so that no gap between two
+        neighbouring blocks looks like one in the spectrum. Mass per unit of t is this times ds/dt.
         """
         s, nodes = (signed_log(t.double(), self.unit) for t in (points, self.nodes))
-        width = max(float(nodes[-1] - nodes[0]) / self.steps, 1e-6)
+        reach = torch.arange(len(nodes))
+        above, below = (reach + len(self.weights)).clamp(max=len(nodes) - 1), (reach - len(self.weights)).clamp(min=0)
+        width = ((nodes[above] - nodes[below]) / 4).clamp(min=self.width)
         bulk = (~self.alone).double() / (width * (2 * math.pi) ** 0.5)
         return self.mean(lambda _: bulk * (-0.5 * ((s.unsqueeze(1) - nodes) / width).square()).exp())
 
     @property
     def negative(self) -> Estimate:
         """The share of eigenvalues that are negative beyond the noise floor."""
-        return self.mean(lambda nodes: (nodes < -self.floor).double())
+        share = self.cdf(torch.tensor([-self.floor], dtype=torch.float64))
+        resolution = torch.as_tensor(share.floor).max()
+        return replace(share, value=share.value[0], stderr=share.stderr[0], floor=float(resolution))
 
     def summary(self) -> dict[str, str]:
         outliers = self.outliers
         trace = self.mean(lambda nodes: nodes * self.size)
         negative = self.negative
-        largest = ", ".join(f"{value:.5g}" for value in outliers.flip(0)[:5].tolist() if value > 0)
+        shown = ", ".join(f"{value:.5g}" for value in outliers.flip(0)[:5].tolist())
         return {
             "eigenvalues": f"{self.size:,}, from {self.nodes[0].item():.4g} to {self.nodes[-1].item():.4g}",
-            "outliers": f"{len(outliers)} converged outside the bulk" + (f": {largest}, ..." if largest else ""),
+            "outliers": f"{len(outliers)}: {shown}{', ...' if len(outliers) > 5 else ''}" if len(outliers) else "none",
+            "converged": f"{int(self.single.sum())} eigenvalues to the precision of the products",
             "bulk": f"90 % within [{self.quantile(0.05):.3g}, {self.quantile(0.95):.3g}]",
             "trace": with_error(float(trace.value), float(trace.stderr)),
-            "negative": f"{100 * negative.value:.2g} % ± {100 * negative.stderr:.1g} % of the eigenvalues",
+            "negative": f"{percent(negative)} of the eigenvalues",
             "noise floor": f"±{self.floor:.1e} ({self.origin.operator.get('dtype', 'rounding')})",
             "probes, steps": f"{len(self.weights)} x {self.steps}" + ("" if self.complete else " (interrupted)"),
         }
 
     __repr__ = Result.__str__
+
+
+def percent(share: Estimate) -> str:
+    """A share with its standard error and, where it matters, its resolution."""
+    value, stderr, floor = (100 * float(x) for x in (share.value, share.stderr, share.floor))
+    return f"{value:.3g} % ± {stderr:.2g} %" + (f" (resolution {floor:.2g} %)" if floor > 0.1 else "")
 
 
 def signed_log(t: Tensor, unit: float) -> Tensor:
@@ -146,20 +180,21 @@ def spectral_density(
     krylov = Krylov(measurement, capacity=min(probes * steps, A.shape[0]))
     krylov.start(starts)
     first = A.domain.inner(starts, krylov.frontier) / A.shape[0] ** 0.5  # (p, b) the probes in the first block
-    done, largest = 0, krylov.scale
+    done, largest = 0, 0.0
     try:
-        while krylov.step():
+        while done < steps:
+            more = krylov.step()
             done += 1
-            if done % max(1, steps // 10) == 0:  # an eigenproblem: dear beside a cheap product
+            if done == 1 or done % max(1, steps // 10) == 0:  # an eigenproblem: dear beside a cheap product
                 largest = float(torch.linalg.eigvalsh(krylov.projected)[-1])
             measurement.report(done, steps, f"largest {largest:.5g}")
-            if done == steps or not krylov.extend():
+            if not more or done == steps or not krylov.extend():
                 break
     except KeyboardInterrupt as stop:
         if krylov.multiplied == 0:
             raise
         raise Interrupted(_density(krylov, first, done, complete=False)) from stop
-    return _density(krylov, first, max(done, 1), complete=True)
+    return _density(krylov, first, done, complete=True)
 
 
 def _density(krylov: Krylov, first: Tensor, steps: int, *, complete: bool) -> SpectralDensity:
@@ -205,7 +240,7 @@ def _with_exact_mass(weights: Tensor, single: Tensor, size: int) -> Tensor:
     Conditional on the found eigenvectors the rest of a probe is uniform on their complement, so the mean stays
     unbiased, and the large and random masses of outliers leave the error bar.
     """
-    exact = torch.where(single, 1 / size, 0.0).expand_as(weights)
+    exact = (single.double() / size).expand_as(weights)
     rest = torch.where(single, 0.0, weights)
     mass = rest.sum(1, keepdim=True)
     left = 1 - float(single.sum()) / size

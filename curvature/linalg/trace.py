@@ -118,8 +118,8 @@ def _averaged(
     """tr(Q A Q^T), exactly, plus the mean of z.Az over random z with the rows Q of `sketch` projected out."""
     space = measurement.operator.domain
     head, square = 0.0, 0.0
-    for rows in sketch.split(BLOCK):
-        forms, norms = _forms(measurement, rows)
+    for start in range(0, len(sketch), BLOCK):
+        forms, norms = _forms(measurement, sketch[start : start + BLOCK])
         head, square = head + float(forms.sum()), square + float(norms.square().sum())
     samples = torch.empty(0, dtype=torch.float64)
     try:

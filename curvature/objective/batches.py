@@ -171,8 +171,11 @@ def _cut(data: Any, batch_size: int | None) -> list[Any]:
     if batch_size is None or len(lengths) != 1 or lengths == {-1}:
         return [data]
     (length,) = lengths
-    starts = range(0, length, batch_size)
-    return [mapped(lambda leaf, start=start: leaf[start : start + batch_size], data) for start in starts]
+
+    def piece(start: int, stop: int) -> Any:
+        return mapped(lambda leaf: leaf[start:stop], data)
+
+    return [piece(start, start + batch_size) for start in range(0, length, batch_size)]
 
 
 def _rebuilt(original: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:

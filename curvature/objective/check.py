@@ -137,6 +137,11 @@ def _scan(grads: Sequence[Tensor]) -> None:
                 "A backward in the model cannot be differentiated again (once_differentiable, or no derivative known).",
                 "Replace the custom autograd Function or fused kernel by plain torch operations.",
             )
+        if node.name() == "WeightNormInterfaceBackward0":  # what compat rewrites, out of its reach
+            raise BadObjective(
+                "weight_norm inside TorchScript has wrong second derivatives in torch.",
+                "Export the eager model, or remove the weight norm before scripting.",
+            )
         stack.extend(following for following, _ in node.next_functions)
 
 

@@ -54,13 +54,15 @@ def _compiled(module: nn.Module | None) -> bool:
     if dynamo is None or module is None:
         return dynamo is not None
     return any(
-        part._compiled_call_impl is not None or isinstance(part, dynamo.OptimizedModule)
-        for part in module.modules()
+        part._compiled_call_impl is not None or isinstance(part, dynamo.OptimizedModule) for part in module.modules()
     )
 
 
 class _Rewriting(TorchFunctionMode):
-    """While active, the torch functions in the table are replaced. Inside their stand-ins the mode is off."""
+    """While active, the torch functions in the table are replaced. Inside their stand-ins the mode is off.
+
+    That it is active is also what keeps nn.MultiheadAttention and TransformerEncoderLayer off their fused eval path.
+    """
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -164,7 +166,7 @@ def _embedding(
     """
     if not (sparse or scale_grad_by_freq or max_norm is not None):
         return NotImplemented
-    return F.embedding(input, _renormed(weight, input, max_norm, norm_type), padding_idx)
+    return _renormed(F.embedding(input, weight, padding_idx), max_norm, norm_type)
 
 
 @_instead_of(_aten.embedding.default, name="embedding")
@@ -175,13 +177,13 @@ def _aten_embedding(
     return _embedding(ids, weight, padding, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
 
 
-def _renormed(weight: Tensor, ids: Tensor, max_norm: float | None, norm_type: float) -> Tensor:
-    """`weight`, its rows `ids` scaled down to `max_norm` by constants, as torch does, but not in place."""
+def _renormed(rows: Tensor, max_norm: float | None, norm_type: float) -> Tensor:
+    """`rows` scaled down to `max_norm` by constants, as torch does, but without writing into the weight."""
     if max_norm is None:
-        return weight
-    with torch.no_grad():
-        change = torch.embedding_renorm_(weight.clone(), ids.contiguous(), max_norm, norm_type) - weight
-    return weight + change
+        return rows
+    norms = rows.detach().norm(norm_type, dim=-1, keepdim=True)
+    scale = torch.where(norms > max_norm, max_norm / (norms + 1e-7), 1)  # embedding_renorm_ has the same 1e-7
+    return rows + (scale - 1) * rows.detach()
 
 
 @_instead_of(F.embedding_bag, name="embedding_bag")
@@ -214,15 +216,13 @@ def _embedding_bag(
     bag = torch.bucketize(torch.arange(len(ids), device=ids.device), offsets, right=True) - 1
     bags = len(offsets) - include_last_offset
     kept = torch.ones_like(ids, dtype=torch.bool) if padding_idx is None else ids != padding_idx % len(weight)
-    rows = F.embedding(ids, _renormed(weight, ids, max_norm, norm_type))
+    rows = _renormed(F.embedding(ids, weight), max_norm, norm_type)
     if per_sample_weights is not None:
         rows = rows * per_sample_weights.reshape(-1, 1)
     if mode == "max":
         return _largest(rows, kept, bag, bags)
     total = _sum(rows, kept, bag, bags)
-    return (
-        total if mode == "sum" else total / _sum(torch.ones_like(rows[:, :1]), kept, bag, bags).clamp(min=1)
-    )
+    return total if mode == "sum" else total / _sum(torch.ones_like(rows[:, :1]), kept, bag, bags).clamp(min=1)
 
 
 @_instead_of(_aten.embedding_bag.default, _aten.embedding_bag.padding_idx, name="embedding_bag")
@@ -267,9 +267,7 @@ def _largest(rows: Tensor, kept: Tensor, bag: Tensor, bags: int) -> Tensor:
 
 
 @_instead_of(torch.cdist, name="cdist")
-def _cdist(
-    x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "use_mm_for_euclid_dist_if_necessary"
-) -> Tensor:
+def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "use_mm_for_euclid_dist_if_necessary") -> Tensor:
     """Distances between all rows: torch's backward has no derivative, or one that is nan at distance zero.
 
     All differences are formed, except where torch itself takes matrix products to save their memory.

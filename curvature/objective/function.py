@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from curvature.errors import BadObjective
 from curvature.objective.batches import leading, split
 from curvature.objective.call import call_with
-from curvature.objective.losses import Loss
+from curvature.objective.losses import Loss, described
 
 Tensors = Mapping[str, Tensor]  # parameters and buffers by name
 
@@ -31,7 +31,8 @@ class OutputLoss:
 
     @property
     def name(self) -> str:
-        return repr(self.loss)
+        """The loss with what it has set apart from its defaults."""
+        return described(self.loss)
 
     def outputs(self, tensors: Tensors, batch: Any) -> tuple[Tensor, Any]:
         """(outputs, targets) for the batch."""

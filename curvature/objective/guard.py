@@ -6,10 +6,10 @@ Parameters and buffers need no guard: models are called with copies of both (`cu
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np  # torch has imported it already
 import torch
 from torch import nn
 
@@ -24,22 +24,19 @@ def frozen_randomness(seed: int) -> Iterator[None]:
     generators = [torch.default_generator]
     if torch.cuda.is_initialized():
         generators += torch.cuda.default_generators
-    numpy = sys.modules.get("numpy")
     states = [generator.get_state() for generator in generators]
-    python_state, numpy_state = random.getstate(), numpy and numpy.random.get_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         for generator in generators:  # torch.manual_seed would also seed a CUDA that is yet to be initialised
             generator.manual_seed(seed)
         random.seed(seed)
-        if numpy:
-            numpy.random.seed(seed % 2**32)
+        np.random.seed(seed % 2**32)
         yield
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
         random.setstate(python_state)
-        if numpy:
-            numpy.random.set_state(numpy_state)
+        np.random.set_state(numpy_state)
 
 
 @contextmanager

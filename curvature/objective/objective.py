@@ -295,7 +295,7 @@ class Objective:
             torch.enable_grad(),
             torch.autocast(self.space.device.type, enabled=False),
             in_mode(module, self.mode == "train"),
-            twice_differentiable(module) as rewrites,
+            twice_differentiable() as rewrites,
         ):
             yield rewrites
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from curvature.linalg.eigen import Eigenpairs
-from curvature.linalg.spectrum import SpectralDensity
+from curvature.linalg.spectrum import SpectralDensity, percent
 from curvature.plots.style import BLACK, BLUE, GREY, ORANGE
 from curvature.result import Estimate, student_quantile
 
@@ -77,19 +77,13 @@ def _draw_sticks(result: SpectralDensity, ax: Axes, lowest: float) -> None:
               label=f"{len(outliers)} outliers, one eigenvalue each")  # fmt: skip
     ax.plot(outliers, np.full(len(outliers), 1 / result.size), "o", color=ORANGE, ms=3)
     shown = outliers[np.argsort(-np.abs(outliers))][:LABELS]
-    gap, last = 0.0, math.inf
-    for value in sorted(shown, reverse=True):
-        place = float(_forward(np.array(value), result.unit))
-        gap = gap + 1 if last - place < 0.12 else 0
-        last = place
-        ax.annotate(f"{value:.3g}", (value, 1 / result.size), (2, 6 + 10 * gap), textcoords="offset points",
-                    fontsize="x-small", color=BLACK, ha="center")  # fmt: skip
+    for value in shown:
+        ax.annotate(f"{value:.3g}", (value, 1 / result.size), (0, 5), textcoords="offset points", rotation=90,
+                    fontsize="x-small", color=BLACK, ha="center", va="bottom")  # fmt: skip
 
 
 def _name_negative(result: SpectralDensity, ax: Axes) -> None:
-    negative = result.negative
-    share, error = 100 * negative.value.item(), 100 * negative.stderr.item()
-    text = f"{share:.2g} % ± {error:.1g} % negative" if share else "none negative"
+    text = f"{percent(result.negative)} negative"
     ax.axvline(0, color=GREY, lw=0.8)
     ax.text(0.02, 0.97, text, transform=ax.transAxes, va="top", fontsize="small", color=BLACK)
 

@@ -122,9 +122,7 @@ REWRITES = [
     Case("embedding, sparse", layer(lambda: nn.Embedding(10, 3, sparse=True), ids), {"embedding": 1}),
     Case("embedding, max_norm", layer(lambda: nn.Embedding(10, 3, max_norm=9.0), ids), {"embedding": 1}),
     *(
-        Case(
-            f"embedding_bag, {mode}, {options}", of(bag(mode=mode, **options), (10, 3)), {"embedding_bag": 1}
-        )
+        Case(f"embedding_bag, {mode}, {options}", of(bag(mode=mode, **options), (10, 3)), {"embedding_bag": 1})
         for mode in ("sum", "mean", "max")
         for options in (
             {},
@@ -146,9 +144,7 @@ REWRITES = [
         for p in (0.5, 1.0, 1.5, 2.0, 3.0, float("inf"))
     ),
     *(
-        Case(
-            f"cdist, {mode}", of(lambda x, y, m=mode: torch.cdist(x, y, 2.0, m), (n, 3), (5, 3)), {"cdist": 1}
-        )
+        Case(f"cdist, {mode}", of(lambda x, y, m=mode: torch.cdist(x, y, 2.0, m), (n, 3), (5, 3)), {"cdist": 1})
         for mode, n in [
             ("use_mm_for_euclid_dist", 4),
             ("use_mm_for_euclid_dist_if_necessary", 30),
@@ -159,9 +155,7 @@ REWRITES = [
     Case("attention", of(F.scaled_dot_product_attention, heads, heads, heads), {"attention": 1}),
     Case("attention, another kernel asked for", of(fused, heads, heads, heads), {"attention": 1}),
     Case("multi-head attention", layer(lambda: self_attention(False), (2, 5, 8)), {"attention": 1}),
-    Case(
-        "multi-head attention, eval", layer(lambda: self_attention(False).eval(), (2, 5, 8)), {"attention": 1}
-    ),
+    Case("multi-head attention, eval", layer(lambda: self_attention(False).eval(), (2, 5, 8)), {"attention": 1}),
     Case("encoder", layer(lambda: nn.TransformerEncoderLayer(**encoder), (2, 5, 8)), {"attention": 1}),
     Case(
         "encoder, eval",
@@ -175,7 +169,7 @@ REWRITES = [
     ),
 ]
 
-UNTOUCHED = [
+AS_IS = [
     Case("multi-head attention with weights", layer(lambda: self_attention(True), (2, 5, 8)), {}),
     Case("embedding", layer(lambda: nn.Embedding(10, 3), ids), {}),
     *(
@@ -210,10 +204,7 @@ def product_of(function: Callable[..., Tensor], tensors: Tensors, *vectors: Tens
     with twice_differentiable():
         loss = loss_of(function, leaves)
     gradient = torch.autograd.grad(loss, leaves, create_graph=True)
-    return [
-        list(torch.autograd.grad(gradient, leaves, v, retain_graph=True, materialize_grads=True))
-        for v in vectors
-    ]
+    return [list(torch.autograd.grad(gradient, leaves, v, retain_graph=True, materialize_grads=True)) for v in vectors]
 
 
 def joined(tensors: Tensors) -> Tensor:
@@ -221,7 +212,7 @@ def joined(tensors: Tensors) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
-@pytest.mark.parametrize("case", REWRITES + UNTOUCHED, ids=str)
+@pytest.mark.parametrize("case", REWRITES + AS_IS, ids=str)
 class TestFunction:
     def test_has_the_value_and_gradient_that_torch_gives(self, case):
         function, tensors = case.make()
@@ -304,9 +295,7 @@ def test_distances_of_a_set_to_itself_have_no_noise_on_the_diagonal(width, dtype
     x, v = torch.randn(40, width), torch.randn(40, width)
     (exact,) = product_of(lambda x: torch.cdist(x, x, 2.0, "donot_use_mm_for_euclid_dist"), [x], [v])
     (ours,) = product_of(lambda x: torch.cdist(x, x), [x.to(dtype)], [v.to(dtype)])
-    tolerance = (
-        20 * torch.finfo(dtype).eps
-    )  # torch's own matrix form is off by 6e-6 in float32, 2e-10 in float64
+    tolerance = 20 * torch.finfo(dtype).eps  # torch's own matrix form is off by 6e-6 in float32, 2e-10 in float64
     assert (joined(ours) - joined(exact)).norm() < tolerance * joined(exact).norm()
 
 
@@ -389,6 +378,15 @@ def test_attention_mended_in_a_padded_encoder_in_eval_mode():
     product = torch.autograd.grad(gradient, list(params.values()), [torch.ones_like(g) for g in gradient])
     assert joined(list(product)).isfinite().all()
     torch.testing.assert_close(out[~padding], module(x, src_key_padding_mask=padding)[~padding])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_attention_is_mended_inside_torchscript_too():
+    tensors, vector = ([torch.randn(heads) for _ in range(3)] for _ in range(2))
+    q, k, v = tensors
+    function = torch.jit.trace(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), (q, k, v))
+    ours, expected = (product_of(f, tensors, vector) for f in (function, F.scaled_dot_product_attention))
+    torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("drop", [0.0, 0.4])
@@ -542,12 +540,9 @@ def test_entering_costs_microseconds():
         with twice_differentiable(module):
             pass
 
-    assert (
-        min(timeit.repeat(enter, number=100, repeat=10)) / 100 < 200e-6
-    )  # measured: 13e-6, 17e-6 with dynamo
+    assert min(timeit.repeat(enter, number=100, repeat=10)) / 100 < 200e-6  # measured: 13e-6, 17e-6 with dynamo
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Bert", "GPT2", "Llama"])
 def test_hugging_face_models_with_fused_attention_have_products(name):
     transformers = pytest.importorskip("transformers")
@@ -574,13 +569,11 @@ def test_hugging_face_models_with_fused_attention_have_products(name):
     with untouched(module), twice_differentiable(module) as rewritten:
         out = call_with(module, params, (), {"input_ids": tokens}).last_hidden_state
     assert rewritten["attention"] == 2
-    used = dict(allow_unused=True, materialize_grads=True)
+    used = {"allow_unused": True, "materialize_grads": True}
     gradient = torch.autograd.grad(out.sin().sum(), list(params.values()), create_graph=True, **used)
     u, v = ([torch.randn_like(p) for p in params.values()] for _ in range(2))
     hu, hv = (
-        torch.autograd.grad(gradient, list(params.values()), w, retain_graph=True, **used) for w in (u, v)
+        joined(list(torch.autograd.grad(gradient, list(params.values()), w, retain_graph=True, **used))) for w in (u, v)
     )
-    assert (
-        abs(joined(u) @ joined(list(hv)) - joined(v) @ joined(list(hu)))
-        < 1e-10 * joined(u).norm() * joined(list(hv)).norm()
-    )
+    asymmetry = abs(joined(u) @ hv - joined(v) @ hu)
+    assert asymmetry < 1e-8 * joined(u).norm() * hv.norm()  # Llama's norms and angles are float32 in any dtype

@@ -1,12 +1,14 @@
 """Losses of outputs and targets with closed forms for what curvature needs; one family a file.
 
-A Loss knows its sum over terms, how many terms there are, and its Hessian product with respect to the outputs. Nothing outside this folder asks what kind of loss it has.
+A Loss knows its sum over terms, how many terms there are, and its Hessian product with respect to the outputs.
+Nothing outside this folder asks what kind of loss it has.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -15,14 +17,12 @@ from curvature.errors import BadObjective
 from curvature.objective.losses.classification import CrossEntropy
 from curvature.objective.losses.regression import SquaredError
 
-Offer = Literal["ggn"]
-
 
 class Loss(Protocol):
     """A loss of outputs and targets that is a sum over terms; the objective is the mean over their weight."""
 
     @property
-    def offers(self) -> frozenset[Offer]:
+    def offers(self) -> frozenset[str]:
         """What the loss can do beyond its value: "ggn" needs a convex loss and its `hessian_product`."""
         ...
 
@@ -73,6 +73,13 @@ def by_class_name(name: str, options: dict[str, Any]) -> Loss:
     if name not in classes:
         raise BadObjective(f"There is no loss class {name!r} here.", f"Known are {', '.join(classes)}.")
     return classes[name](**options)
+
+
+def described(loss: Loss) -> str:
+    """The class of a loss and the fields that differ from their defaults."""
+    fields = dataclasses.fields(loss) if dataclasses.is_dataclass(loss) else ()
+    own = [f"{f.name}={getattr(loss, f.name)!r}" for f in fields if getattr(loss, f.name) != f.default]
+    return f"{type(loss).__name__}({', '.join(own)})"
 
 
 def _name(loss: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,9 @@ class CrossEntropy:
     class_weights: tuple[float, ...] | None = None
     axis: int | None = None
 
-    offers: ClassVar[frozenset[str]] = frozenset({"ggn"})
+    @property
+    def offers(self) -> frozenset[str]:
+        return frozenset({"ggn"})
 
     @classmethod
     def of(cls, module: nn.CrossEntropyLoss) -> CrossEntropy:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -22,7 +22,9 @@ class SquaredError:
     scale: float = 2.0
     over: Literal["elements", "examples"] = "elements"
 
-    offers: ClassVar[frozenset[str]] = frozenset({"ggn"})
+    @property
+    def offers(self) -> frozenset[str]:
+        return frozenset({"ggn"})
 
     @classmethod
     def of(cls, module: nn.MSELoss) -> SquaredError:
