@@ -76,11 +76,10 @@ def _table(result: cv.Result) -> str:
 def _picture(result: cv.Result, path: Path) -> str:
     """Draw the result to `path`; the words that name it, or none where matplotlib is missing."""
     try:
-        axes = result.plot()
+        result.save_picture(path)
     except ImportError as error:
         warn(str(error))
         return ""
-    axes.figure.savefig(path, dpi=150)  # pyright: ignore[reportAttributeAccessIssue]
     return f", {path.name}"
 
 

@@ -146,6 +146,13 @@ class Result:
 
         return plot(self, ax, **style)
 
+    def save_picture(self, path: str | Path) -> Path:
+        """Draw the result into a file (.png, .svg, .pdf); needs the extra `plot`. Returns the path."""
+        from curvature.plots import save_picture
+
+        save_picture(self.plot, Path(path))
+        return Path(path)
+
     def __str__(self) -> str:
         width = max((len(label) for label in self.summary()), default=0)
         lines = [f"{label:<{width}}  {text}" for label, text in self.summary().items()]
@@ -169,8 +176,8 @@ class Estimate(Result):
     """A value with its standard error.
 
     `value` and `stderr` have one shape; `samples` independent draws stand behind them, with `dof` degrees of freedom,
-    both 0 when the value is exact. `floor` bounds errors that no repetition shows (rounding of the operator's dtype, the
-    resolution of a spectrum) and is added to every interval.
+    both 0 when the value is exact. `floor` bounds errors that no repetition shows (rounding of the operator's dtype,
+    the resolution of a spectrum) and is added to every interval.
     """
 
     value: Tensor

@@ -13,6 +13,6 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `import objectives` and `i
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Draws from the global generator repeat; threads are few, so that timings and bits do not depend on the machine."""
+    """Draws from the global generator repeat, and bits do not depend on how many cores there are."""
     torch.manual_seed(0)
     torch.set_num_threads(2)

@@ -1,7 +1,7 @@
 """Reading without running: torch's safe reader and safetensors, with their refusals in our words.
 
-`weights_only=True` judges what may be built. Before it comes the verification that torch leaves out; after it the
-message, since torch's own advises to switch safety off.
+`weights_only=True` judges what may be built. Before it comes the verification that torch leaves out; after it
+the message, since torch's own advises to switch safety off.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def read_safetensors(path: str | PathLike[str]) -> dict[str, Tensor]:
     """Tensors of a safetensors file; BadFile when its header or its length is wrong."""
     try:
         return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:  # KeyError: dtype unknown to torch
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:  # KeyError: an unknown dtype
         raise BadFile(f"{path} is damaged: {one_line(error)}.", archive.AGAIN) from error
 
 
@@ -65,7 +65,8 @@ def resolved(name: str) -> Any:
     try:
         return pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--allow-global {printable(name)} cannot be imported: {one_line(error)}.") from error
+        refusal = f"--allow-global {printable(name)} cannot be imported: {one_line(error)}."
+        raise ValueError(refusal) from error
 
 
 def _refused(names: Sequence[str]) -> list[str]:
@@ -87,8 +88,8 @@ def _unsafe(path: str | PathLike[str], names: Sequence[str]) -> UnsafeFile:
     """The refusal of a file that uses these names."""
     return UnsafeFile(
         f"{path} uses what could run code: {listing(names)}.",
-        f"If these are harmless pass --allow-global {listing(names).replace(', ', ',')}, or save the tensors as "
-        "safetensors; if you trust the author of the file pass --trust.",
+        f"If these are harmless pass --allow-global {listing(names).replace(', ', ',')}, or save the tensors "
+        "as safetensors; if you trust the author of the file pass --trust.",
     )
 
 

@@ -1,8 +1,8 @@
 """Tensors and modules from files: data is read without running code, code only where the caller says trust.
 
-`read_tensors` is the safe way (checksums, torch's safe reader, a look at the tensors), `load_trusted` the other;
-nothing else in the package opens a model file. Only zip files carry checksums: damage in safetensors, or in the
-format before 1.6, goes unseen unless lengths or headers change.
+`read_tensors` is the safe way (checksums, torch's safe reader, a look at the tensors), `load_trusted` the
+other. Only zip files carry checksums: damage in safetensors, or in the format before 1.6, goes unseen unless
+lengths or headers change.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def state_dict_of(loaded: Any) -> tuple[dict[str, Tensor], list[str]]:
     tensors = {name: entry for name, entry in tensors.items() if isinstance(name, str)}
     if not tensors:
         held = listing(list(entries)) or f"a {type(loaded).__name__}"
-        raise BadFile(f"There is no state_dict in what the file holds: {held}.", f"To save one {SAVE_WEIGHTS}")
+        cause = f"There is no state_dict in what the file holds: {held}."
+        raise BadFile(cause, f"To save one {SAVE_WEIGHTS}")
     if len(tensors) < len(entries):
         left = [name for name in entries if name not in tensors]
         notes.append(f"left out what is not a tensor: {listing(left)}")
@@ -93,8 +94,8 @@ def state_dict_of(loaded: Any) -> tuple[dict[str, Tensor], list[str]]:
 def load_into(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Copy `state_dict` into `module`; a module on the meta device takes the tensors themselves.
 
-    Of names that are tied in the module one is enough. BadFile, before any tensor changed, when names, shapes
-    or kinds of number (complex, real, integer) differ; the precision may.
+    Of names that are tied in the module one is enough. BadFile, before any tensor changed, when names,
+    shapes or kinds of number (complex, real, integer) differ; the precision may.
     """
     own = module.state_dict(keep_vars=True)
     state_dict = _with_tied(own, state_dict)

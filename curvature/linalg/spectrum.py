@@ -28,8 +28,8 @@ class SpectralDensity(Result):
     """The eigenvalue distribution of an operator with `size` rows, as one measure a probe on common nodes.
 
     `nodes` are the Ritz values, ascending, `residuals` theirs; `weights` the mass every probe gives them, rows summing
-    to 1. Where `single` is true a node is one eigenvalue, converged and counted: its mass is exactly 1/size. Eigenvalues
-    within `floor` of zero are rounding noise of the products. `steps` block steps were done.
+    to 1. Where `single` is true a node is one eigenvalue, converged and counted: its mass is exactly 1/size.
+    Eigenvalues within `floor` of zero are rounding noise of the products. `steps` block steps were done.
     """
 
     nodes: Float[Tensor, " d"]
@@ -67,7 +67,7 @@ class SpectralDensity(Result):
         above = torch.searchsorted(self.nodes, points, right=True)
         steps = torch.zeros(len(self.nodes) + 2, dtype=torch.float64)
         steps[1:-1] = self.weights.mean(0) * ~self.single  # a counted node hides nothing
-        return replace(share, floor=torch.maximum(steps[above], steps[above + 1]))
+        return replace(share, floor=torch.maximum(steps[above], steps[above + 1]).clamp(min=1e-12))  # sums round
 
     def quantile(self, share: float) -> float:
         """The smallest node at or below which at least `share` of the eigenvalues lie."""
@@ -205,7 +205,7 @@ def _density(krylov: Krylov, first: Tensor, steps: int, *, complete: bool) -> Sp
     weights /= weights.sum(1, keepdim=True)
     size = krylov.space.size
     floor = max(krylov.space.eps * float(nodes.abs().max()), krylov.noise)
-    single = _counted(nodes, residuals, probes=len(weights), eps=krylov.space.eps)
+    single = _counted(nodes, weights, residuals, size=size, eps=krylov.space.eps)
     if len(nodes) == size:
         single = torch.ones_like(single)  # the basis is complete: every node is an eigenvalue
     return SpectralDensity(
@@ -222,16 +222,23 @@ def _density(krylov: Krylov, first: Tensor, steps: int, *, complete: bool) -> Sp
     )
 
 
-def _counted(nodes: Tensor, residuals: Tensor, *, probes: int, eps: float) -> Tensor:
-    """Which nodes are one eigenvalue each: converged, in a cluster smaller than the block.
+def _counted(nodes: Tensor, weights: Tensor, residuals: Tensor, *, size: int, eps: float) -> Tensor:
+    """Which nodes are one eigenvalue each: in a cluster smaller than the block, all of which has converged.
 
-    A block of p probes sees an eigenvalue at most p times; seen fewer times, it was seen in full.
+    A block of p probes sees an eigenvalue at most p times; seen fewer times, it was seen in full. What is judged is
+    the residual times the root of the cluster's mass. The residual alone is inversely proportional to what the
+    probes have of the eigenvector: the eigenvalues not yet counted would be those of too small mass, and the rest
+    would be biased.
     """
-    converged = residuals <= eps**0.5 * nodes.abs()
-    width = residuals + eps**0.5 * nodes.abs()
-    lower = torch.searchsorted(nodes, nodes - width)
-    upper = torch.searchsorted(nodes, nodes + width, right=True)
-    return converged & (upper - lower < probes)
+    precision = eps**0.5 * nodes.abs()
+    floor = 10 * eps * float(nodes.abs().max())
+    apart = nodes.diff() > (precision[1:] + precision[:-1] + floor)
+    cluster = torch.cat([torch.zeros_like(nodes[:1]), apart.double().cumsum(0)]).long()
+    members = torch.bincount(cluster)[cluster]
+    mass = torch.bincount(cluster, weights=size * weights.mean(0))[cluster] / members  # 1 on average, once converged
+    late = (residuals * mass.sqrt() > precision) | (nodes.abs() <= floor)
+    all_converged = torch.bincount(cluster, weights=late.double())[cluster] == 0
+    return all_converged & (members < len(weights))
 
 
 def _with_exact_mass(weights: Tensor, single: Tensor, size: int) -> Tensor:

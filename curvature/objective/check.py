@@ -89,7 +89,7 @@ def _check_value(objective: Objective, batch: Any) -> None:
     if values[0] != values[1]:
         raise BadObjective(
             f"The loss is random: the first batch gave {values[0]:.6g}, then {values[1]:.6g}.",
-            "Draw random numbers from torch's, Python's or NumPy's global generators, which are fixed here, or not at all.",
+            "Draw random numbers only from the global generators of torch, Python or NumPy, which are fixed here.",
         )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from curvature.linalg.eigen import Eigenpairs
 from curvature.linalg.spectrum import SpectralDensity
 from curvature.plots.style import new_axes
+from curvature.plots.style import save_picture as save_picture
 from curvature.result import Estimate, Result
 
 if TYPE_CHECKING:

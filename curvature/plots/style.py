@@ -1,20 +1,37 @@
-"""What all pictures share: axes of their own without global state, and colours that survive print and colour-blindness."""
+"""What all pictures share: their size, where they are drawn, and colours that survive print and colour-blindness."""
 
 from __future__ import annotations
 
+import importlib.util
+
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+if importlib.util.find_spec("matplotlib") is None:
+    raise ImportError('Pictures need matplotlib: pip install "curvature-toolkit[plot]".')
+
 # Okabe & Ito 2008: told apart with every kind of colour blindness, and in grey
 BLUE, ORANGE, GREY, BLACK = "#0072B2", "#D55E00", "#8c8c8c", "#222222"
 
 
-def new_axes(width: float = 7.0, height: float = 4.2) -> Axes:
-    """Axes on a figure of their own, which no pyplot state knows of and no window opens for."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('Pictures need matplotlib: pip install "curvature-toolkit[plot]".') from error
-    return Figure(figsize=(width, height), layout="constrained").add_subplot()
+SIZE = (7.0, 4.2)  # inches
+
+
+def new_axes() -> Axes:
+    """Axes on a new figure of pyplot, so that notebooks show it and `plt.show()` finds it."""
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=SIZE, layout="constrained")[1]
+
+
+def save_picture(draw: Callable[[Axes], Axes], path: Path) -> None:
+    """Write what `draw` draws to `path`, on a figure that no window and no global state knows of."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=SIZE, layout="constrained")
+    draw(figure.add_subplot())
+    figure.savefig(path, dpi=150)

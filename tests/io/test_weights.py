@@ -722,7 +722,7 @@ def test_a_lazy_module_takes_its_shapes_from_the_file():
             {"layer.weight": torch.ones(2, 3) * 1j},
             r"weight \(file torch\.complex64, model torch\.float32\)",
         ),
-        ("", {"layer.bias": torch.ones(2).long()}, r"layer\.bias \(file torch\.int64, model torch\.float32\)"),
+        ("", {"layer.bias": torch.ones(2).long()}, r"bias \(file torch\.int64, model torch\.float32\)"),
         ("bias", {"x\x1b": torch.ones(1)}, r"do not fit Net: 1 missing: layer\.bias; 1 unexpected: x\\x1b\."),
     ],
 )

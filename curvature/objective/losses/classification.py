@@ -107,7 +107,7 @@ class CrossEntropy:
         if fits:
             raise BadObjective(f"The classes of {shapes} may lie on axis 1 or -1.", "Say CrossEntropy(axis=...).")
         raise BadObjective(
-            f"Cross-entropy takes class indices (integers) or probabilities (shaped like the outputs), but got {shapes}.",
+            f"Cross-entropy takes class indices (integers) or probabilities shaped like the outputs, but got {shapes}.",
             "Convert class indices with .long(), flatten outputs and targets alike, or use the loss 'mse'.",
         )
 
