@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 TEMPERATURE = 0.05
-PAIRS, TOKENS = 16, 24
+PAIRS, TOKENS = 8, 16
 
 
 def info_nce(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

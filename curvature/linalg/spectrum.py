@@ -110,13 +110,13 @@ class SpectralDensity(Result):
         """The density of all but the outliers at `points`, as mass per unit of the signed logarithmic axis.
 
         On the axis s(t) = sign(t) log10(1 + |t| / unit) every node is a Gaussian; its standard deviation is `width` or,
-        where nodes are sparser, a quarter of the way between the nearest blocks of them, so that no gap between two
-        neighbouring blocks looks like one in the spectrum. Mass per unit of t is this times ds/dt.
+        for a node that stands for many eigenvalues, a quarter of the way between the blocks of nodes beside it, so that
+        a gap between two blocks does not look like one in the spectrum. Mass per unit of t is this times ds/dt.
         """
         s, nodes = (signed_log(t.double(), self.unit) for t in (points, self.nodes))
         reach = torch.arange(len(nodes))
         above, below = (reach + len(self.weights)).clamp(max=len(nodes) - 1), (reach - len(self.weights)).clamp(min=0)
-        width = ((nodes[above] - nodes[below]) / 4).clamp(min=self.width)
+        width = ((nodes[above] - nodes[below]) / 4).clamp(min=self.width).where(~self.single, self.width)
         bulk = (~self.alone).double() / (width * (2 * math.pi) ** 0.5)
         return self.mean(lambda _: bulk * (-0.5 * ((s.unsqueeze(1) - nodes) / width).square()).exp())
 
@@ -138,7 +138,7 @@ class SpectralDensity(Result):
             "converged": f"{int(self.single.sum())} eigenvalues to the precision of the products",
             "bulk": f"90 % within [{self.quantile(0.05):.3g}, {self.quantile(0.95):.3g}]",
             "trace": with_error(float(trace.value), float(trace.stderr)),
-            "negative": f"{percent(negative)} of the eigenvalues",
+            "negative": percent(negative),
             "noise floor": f"±{self.floor:.1e} ({self.origin.operator.get('dtype', 'rounding')})",
             "probes, steps": f"{len(self.weights)} x {self.steps}" + ("" if self.complete else " (interrupted)"),
         }
@@ -147,7 +147,9 @@ class SpectralDensity(Result):
 
 
 def percent(share: Estimate) -> str:
-    """A share with its standard error and, where it matters, its resolution."""
+    """A share with its standard error and, where it matters, its resolution; "none" when nothing was seen."""
+    if share.value == 0:
+        return "none"
     value, stderr, floor = (100 * float(x) for x in (share.value, share.stderr, share.floor))
     return f"{value:.3g} % ± {stderr:.2g} %" + (f" (resolution {floor:.2g} %)" if floor > 0.1 else "")
 
@@ -236,7 +238,8 @@ def _counted(nodes: Tensor, weights: Tensor, residuals: Tensor, *, size: int, ep
     cluster = torch.cat([torch.zeros_like(nodes[:1]), apart.double().cumsum(0)]).long()
     members = torch.bincount(cluster)[cluster]
     mass = torch.bincount(cluster, weights=size * weights.mean(0))[cluster] / members  # 1 on average, once converged
-    late = (residuals * mass.sqrt() > precision) | (nodes.abs() <= floor)
+    unseen = mass < 1e-4  # a direction that only rounding has brought in
+    late = (residuals * mass.sqrt() > precision) | (nodes.abs() <= floor) | unseen
     all_converged = torch.bincount(cluster, weights=late.double())[cluster] == 0
     return all_converged & (members < len(weights))
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curvature.errors import BadObjective
+from curvature.errors import BadObjective, CurvatureError, one_line
 from curvature.objective.guard import frozen_randomness
 
 BATCH = 256  # examples at a time when whole tensors are given: bounds memory, changes no number
@@ -50,7 +50,7 @@ class Batches:
                 f"Data of type {type(data).__name__} cannot be iterated.",
                 "Give a DataLoader, a list of batches, or a tuple (inputs, targets) of tensors.",
             )
-        if iter(data) is data:
+        if isinstance(data, Iterator):  # iter(loader) would draw from the global generator
             raise BadObjective(
                 f"The data ({type(data).__name__}) can be read only once.",
                 "Products read them many times: give list(data), or a DataLoader.",
@@ -63,9 +63,17 @@ class Batches:
             return
         iterator = None
         for index in count():
-            with frozen_randomness(self.seed + index):
-                iterator = iter(self.source) if iterator is None else iterator
-                batch = next(iterator, END)
+            try:
+                with frozen_randomness(self.seed + index):
+                    iterator = iter(self.source) if iterator is None else iterator
+                    batch = next(iterator, END)
+            except CurvatureError:
+                raise
+            except Exception as error:  # data sets can raise anything
+                raise BadObjective(
+                    f"Reading batch {index + 1} of the data failed: {one_line(error)}.",
+                    "Run `for batch in data: pass` to see where.",
+                ) from error
             if batch is END:
                 return
             yield batch
@@ -90,8 +98,13 @@ class _First:
             length = leading(batch)
             if left <= 0 or length is None:
                 return
-            yield batch if length <= left else mapped(lambda t, n=left: t[:n] if isinstance(t, Tensor) else t, batch)
+            yield batch if length <= left else _shortened(batch, length, left)
             left -= length
+
+
+def _shortened(batch: Any, length: int, kept: int) -> Any:
+    """The first `kept` examples of a batch of `length`; what has no axis of that length belongs to no example."""
+    return mapped(lambda leaf: leaf[:kept] if _has_axis(leaf) and len(leaf) == length else leaf, batch)
 
 
 END = object()
@@ -111,8 +124,9 @@ def moved(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
         tensor = torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "fiub" else leaf
         if not isinstance(tensor, Tensor):
             return leaf
-        tensor = tensor.to(device, dtype if tensor.is_floating_point() else None)
-        return tensor.clone() if tensor.is_inference() else tensor  # autograd refuses tensors of inference mode
+        with torch.inference_mode(False):
+            tensor = tensor.to(device, dtype if tensor.is_floating_point() else None)
+            return tensor.clone() if tensor.is_inference() else tensor  # autograd refuses tensors of inference mode
 
     return mapped(move, batch)
 
@@ -132,10 +146,14 @@ def mapped(function: Callable[[Any], Any], batch: Any) -> Any:
 
 
 def leading(batch: Any) -> int | None:
-    """The length of the first axis of the first tensor in the batch, if there is one."""
+    """The length of the first axis of the first tensor or array in the batch, if there is one."""
     found: list[int] = []
-    mapped(lambda leaf: found.append(len(leaf)) if isinstance(leaf, Tensor) and leaf.ndim else None, batch)
+    mapped(lambda leaf: found.append(len(leaf)) if _has_axis(leaf) else None, batch)
     return found[0] if found else None
+
+
+def _has_axis(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor | np.ndarray) and leaf.ndim > 0
 
 
 def split(batch: Any) -> tuple[Any, Any]:

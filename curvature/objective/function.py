@@ -146,7 +146,9 @@ def _tensor_of(outputs: Any) -> Tensor:
 
 
 def cast(tensors: Tensors, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Detached copies on `device`, floating-point ones in `dtype`."""
-    return {
-        name: t.detach().to(device, dtype if t.is_floating_point() else None, copy=True) for name, t in tensors.items()
-    }
+    """Detached copies on `device`, floating-point ones in `dtype`, fit for autograd also where torch is in inference mode."""
+    with torch.inference_mode(False):
+        return {
+            name: t.detach().to(device, dtype if t.is_floating_point() else None, copy=True)
+            for name, t in tensors.items()
+        }

@@ -18,20 +18,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvature.errors import BadObjective
+from curvature.errors import BadObjective, listing
 from curvature.linalg.operator import Meter
 from curvature.objective.batches import BATCH, Batches, moved
-from curvature.objective.check import Health, examine
+from curvature.objective.check import Health, examine, explained
 from curvature.objective.compat import twice_differentiable
 from curvature.objective.function import OutputLoss, ScalarLoss, cast
 from curvature.objective.guard import frozen_randomness, in_mode
 from curvature.objective.losses import Loss, as_loss
 from curvature.objective.params import ParamSpace, Select, chosen, nothing_selected, predicate
+from curvature.objective.products import gradient_of
 
 Mode = Literal["eval", "train"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Objective:
     """A loss as a function of the selected parameters, on fixed data, in a stated mode.
 
@@ -48,8 +49,8 @@ class Objective:
     batches: Batches
     mode: Mode = "eval"
     seed: int = 0
-    meter: Meter = field(default_factory=Meter, compare=False)
-    _health: list[Health] = field(default_factory=list, repr=False, compare=False)  # empty, or what the check found
+    meter: Meter = field(default_factory=Meter)
+    _health: list[Health] = field(default_factory=list, repr=False)  # empty, or what the check found
 
     @classmethod
     def of(
@@ -111,7 +112,7 @@ class Objective:
         params = chosen(function.module, select)
         _check_placement(params)
         device = next(iter(params.values())).device
-        working = dtype or _working_dtype(params)
+        working = _working_dtype(params) if dtype is None else _fine(dtype)
         frozen = {name: p for name, p in function.module.named_parameters() if name not in params}
         return cls(
             function=function,
@@ -138,12 +139,16 @@ class Objective:
         with self.context():
             for index, batch in enumerate(self.batches):
                 batch = moved(batch, self.space.device, self.space.dtype)
-                with self.randomness(index):
-                    value = term(batch)
-                    weight += self.function.weight(batch)
-                total = value if total is None else total + value
+                try:
+                    with self.randomness(index):
+                        terms = self.function.weight(batch)
+                        value = term(batch) if terms else None  # a mean over no terms is not a number
+                except Exception as error:  # models and losses can raise anything
+                    raise explained(error, index + 1) from error
+                if value is not None:
+                    total, weight = value if total is None else total + value, weight + terms
         self.meter.passes += 1
-        if total is None or weight == 0:
+        if total is None:
             raise BadObjective(
                 "The data has no terms: no batch came, or every target is ignored.",
                 "Check the path and the filters.",
@@ -168,14 +173,7 @@ class Objective:
 
     def gradient(self) -> Float[Tensor, " n"]:
         """The gradient of L at the parameters, flat."""
-        leaves = self.leaves()
-
-        def term(batch: Any) -> Tensor:
-            total = self.total(leaves, batch)
-            grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
-            return self.space.flatten(grads)
-
-        return self.average(term)
+        return self.average(lambda batch: gradient_of(self, batch))
 
     def leaves(self) -> dict[str, Tensor]:
         """The parameters as fresh leaves of a graph."""
@@ -183,9 +181,14 @@ class Objective:
 
     def at(self, params: Float[Tensor, " n"] | Mapping[str, Tensor]) -> Objective:
         """The same function at other parameters, given flat or by name."""
-        named = self.space.named(params) if isinstance(params, Tensor) else params
-        moved_to = {name: named[name].detach().to(p.device, p.dtype, copy=True) for name, p in self.params.items()}
-        return replace(self, params=moved_to)
+        space = self.space
+        if isinstance(params, Tensor):
+            if params.shape != (space.size,):
+                raise ValueError(f"Expected a flat vector of {space.size} numbers, but got {tuple(params.shape)}.")
+            params = space.named(params)
+        if {name: t.shape for name, t in params.items()} != dict(zip(space.names, space.shapes, strict=True)):
+            raise ValueError(f"Expected a tensor for each of {listing(space.names)}, of its shape; start from `.params`.")
+        return replace(self, params=cast({name: params[name] for name in space.names}, space.device, space.dtype))
 
     def on(self, data: Any, *, batch_size: int | None = BATCH) -> Objective:
         """The same function on other data, not checked again."""
@@ -212,7 +215,7 @@ class Objective:
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Objective:
         """The same function, computed in another dtype or on another device."""
-        place = device or self.space.device, dtype or self.space.dtype
+        place = device or self.space.device, self.space.dtype if dtype is None else _fine(dtype)
         if place == (self.space.device, self.space.dtype):
             return self
         return replace(self, **{name: cast(getattr(self, name), *place) for name in ("params", "frozen", "buffers")})
@@ -223,7 +226,9 @@ class Objective:
         names = {id(t): name for name, t in (*module.named_parameters(), *module.named_buffers())}
         slots = {key: names[id(t)] for key, t in module.state_dict(keep_vars=True).items() if id(t) in names}
         own = {**self.params, **self.frozen, **self.buffers}
-        missing, unexpected = slots.keys() - state.keys(), state.keys() - slots.keys()
+        given = {slots[key] for key in state.keys() & slots.keys()}  # of tied tensors one name is enough
+        missing = {key for key, name in slots.items() if name not in given}
+        unexpected = state.keys() - slots.keys()
         wrong = {key for key in slots.keys() & state.keys() if own[slots[key]].shape != state[key].shape}
         if missing or unexpected or wrong:
             raise BadObjective(
@@ -231,7 +236,7 @@ class Objective:
                 f"of another shape, such as {', '.join(sorted(missing | unexpected | wrong)[:3])}.",
                 "Give the architecture that the weights were saved from.",
             )
-        fresh = cast({slots[key]: state[key] for key in slots}, self.space.device, self.space.dtype)
+        fresh = cast({slots[key]: t for key, t in state.items()}, self.space.device, self.space.dtype)
         return replace(
             self,
             params={name: fresh.get(name, t) for name, t in self.params.items()},
@@ -275,12 +280,13 @@ class Objective:
         trust: bool = False,
         arch: Callable[[], nn.Module] | None = None,
         data: Any = None,
+        batch_size: int | None = BATCH,
     ) -> Objective:
         """The objective that `save` wrote. Raises UnsafeFile when it names code, unless `trust`, or `arch` makes the
-        model; `data` replaces the stored data."""
+        model; `data` replaces the stored data, as `on` does."""
         from curvature.objective import storage
 
-        return storage.load(Path(path), trust=trust, arch=arch, data=data)
+        return storage.load(Path(path), trust=trust, arch=arch, data=data, batch_size=batch_size)
 
     def randomness(self, index: int = 0) -> AbstractContextManager[None]:
         """The random state in which batch number `index` is computed."""
@@ -319,12 +325,16 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _check_placement(params: Mapping[str, nn.Parameter]) -> None:
-    """Raise BadObjective unless all parameters hold numbers on one device."""
+    """Raise BadObjective unless all parameters hold real numbers on one device."""
     for name, p in params.items():
         if isinstance(p, nn.parameter.UninitializedParameter) or p.device.type == "meta":
             raise BadObjective(
                 f"The parameter {name} has no values yet.",
                 "Run one batch through lazy layers, or load the weights.",
+            )
+        if p.is_complex():
+            raise BadObjective(
+                f"The parameter {name} is complex.", "Hold its real and imaginary parts in two real parameters."
             )
     devices = sorted({str(p.device) for p in params.values()})
     if len(devices) > 1:
@@ -332,6 +342,12 @@ def _check_placement(params: Mapping[str, nn.Parameter]) -> None:
             f"The parameters lie on {', '.join(devices)}.",
             "Move the model to one device, or select= those of one.",
         )
+
+
+def _fine(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"Second derivatives take torch.float32 or torch.float64, but got {dtype}.")
+    return dtype
 
 
 def _working_dtype(params: Mapping[str, nn.Parameter]) -> torch.dtype:

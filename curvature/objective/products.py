@@ -31,6 +31,13 @@ def gradient_graph(objective: Objective, batch: Any) -> tuple[dict[str, Tensor],
     return leaves, list(grads)
 
 
+def gradient_of(objective: Objective, batch: Any) -> Float[Tensor, " n"]:
+    """The gradient of the batch's total, flat."""
+    leaves = objective.leaves()
+    total = objective.total(leaves, batch)
+    return _pulled(objective.space, list(leaves.values()), [total], [torch.ones_like(total)])
+
+
 def hessian_rows(
     space: ParamSpace,
     leaves: Mapping[str, Tensor],

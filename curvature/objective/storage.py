@@ -15,18 +15,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from curvature.errors import BadFile, BadObjective, TooLarge, UnsafeFile
+from curvature.errors import BadFile, BadObjective, TooLarge, UnsafeFile, listing, one_line
 from curvature.io.architecture import build, describe
 from curvature.io.data import read_data
 from curvature.io.files import sha256, write_atomically
 from curvature.io.recognise import OBJECTIVE_FORMAT
 from curvature.io.weights import read_tensors
-from curvature.objective.batches import BATCH, Batches, mapped
+from curvature.objective.batches import BATCH, Batches, leading, mapped
 from curvature.objective.function import OutputLoss, ScalarLoss
-from curvature.objective.losses import by_class_name
+from curvature.objective.losses import by_class_name, written
 
 if TYPE_CHECKING:
     from curvature.objective.objective import Objective
@@ -50,12 +51,22 @@ def save(objective: Objective, path: Path, *, data: str | Path | None = None) ->
     }
     buffer = io.BytesIO()
     torch.save(contents, buffer)
+    if code := torch.serialization.get_unsafe_globals_in_checkpoint(buffer):
+        raise BadObjective(
+            f"The batches hold objects of {listing(code)}, which is code and not data.",
+            "Yield tuples, lists or dicts of tensors, numbers and text.",
+        )
     write_atomically(path, buffer.getvalue())
     return path
 
 
 def load(
-    path: Path, *, trust: bool = False, arch: Callable[[], nn.Module] | None = None, data: Any = None
+    path: Path,
+    *,
+    trust: bool = False,
+    arch: Callable[[], nn.Module] | None = None,
+    data: Any = None,
+    batch_size: int | None = BATCH,
 ) -> Objective:
     """The objective that `save` wrote; `arch` makes the module where it is no stock one, `data` replaces its data.
 
@@ -67,20 +78,22 @@ def load(
     try:
         module = _module(contents["architecture"], trust, arch, path)
         function = _function(contents["loss"], module, trust, path)
-        batches = _batches(contents["data"], path) if data is None else Batches.of(data, batch_size=BATCH)
+        batches = _batches(contents["data"], path) if data is None else Batches(())
         state, selected = contents["state"], contents["selected"]
         mode, seed = contents["mode"], contents["seed"]
         params = {name: state[name] for name in selected}
         frozen = {name: state[name] for name, _ in module.named_parameters() if name not in params}
         buffers = {name: state[name] for name, _ in module.named_buffers()}
+        held = {name: t.shape for name, t in {**params, **frozen, **buffers}.items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise BadFile(
             f"{path} is not a complete objective: {error!r}.", "Write it again with objective.save."
         ) from error
     shapes = {name: t.shape for name, t in (*module.named_parameters(), *module.named_buffers())}
-    if {name: t.shape for name, t in {**params, **frozen, **buffers}.items()} != shapes:
+    if held != shapes:
         raise BadFile(f"The weights in {path} do not fit its architecture.", "Give the right one with --arch.")
-    return Objective(function, params, frozen, buffers, dataclasses.replace(batches, seed=seed), mode, seed)
+    objective = Objective(function, params, frozen, buffers, dataclasses.replace(batches, seed=seed), mode, seed)
+    return objective if data is None else objective.on(data, batch_size=batch_size)
 
 
 def _module(entry: dict[str, Any], trust: bool, arch: Callable[[], nn.Module] | None, path: Path) -> nn.Module:
@@ -88,7 +101,14 @@ def _module(entry: dict[str, Any], trust: bool, arch: Callable[[], nn.Module] | 
         return arch()
     if "path" not in entry:
         return build(entry)
-    return _trusted(entry["path"], trust, path, "--arch")()
+    make = _trusted(entry["path"], trust, path, "--arch")
+    try:
+        return make()
+    except Exception as error:  # a constructor can raise anything
+        raise BadFile(
+            f"{path} needs {entry['path']}, which cannot be made without arguments: {one_line(error)}.",
+            "Name code that makes it with --arch FILE.py:NAME.",
+        ) from error
 
 
 def _function(entry: dict[str, Any], module: nn.Module, trust: bool, path: Path) -> OutputLoss | ScalarLoss:
@@ -103,39 +123,52 @@ def _trusted(name: str, trust: bool, path: Path, otherwise: str) -> Any:
         raise UnsafeFile(
             f"{path} needs the code at {name}.", f"Pass --trust if you trust it, or name yours with {otherwise}."
         )
-    place, _, attribute = name.partition(":")
     try:
-        return operator.attrgetter(attribute)(importlib.import_module(place))
+        return _at(name)
     except (ImportError, AttributeError) as error:
         raise BadFile(f"{path} needs {name}, which cannot be imported: {error}.", f"Use {otherwise}.") from error
+
+
+def _at(name: str) -> Any:
+    """The object at 'package.module:name', imported."""
+    place, _, attribute = name.partition(":")
+    return operator.attrgetter(attribute)(importlib.import_module(place))
 
 
 def _path_of(thing: Any) -> str:
     return f"{thing.__module__}:{thing.__qualname__}"
 
 
+def _is_found(thing: Any) -> bool:
+    """Whether its path leads back to it, as those of lambdas, local functions and bound methods do not."""
+    try:
+        return _at(_path_of(thing)) is thing
+    except (ImportError, AttributeError):
+        return False
+
+
 def _loss_entry(objective: Objective) -> dict[str, Any]:
     function = objective.function
-    if isinstance(function, ScalarLoss):
-        if function.terms is not None or not hasattr(function.function, "__qualname__"):
-            raise BadObjective(
-                "A loss with `terms`, or without a name, cannot be written to a file.",
-                "Keep the function that builds the objective, and use `--objective FILE.py:NAME`.",
-            )
-        return {"path": _path_of(function.function)}
-    return {"name": type(function.loss).__name__, "options": dataclasses.asdict(function.loss)}  # pyright: ignore
+    if isinstance(function, OutputLoss):
+        return written(function.loss)
+    if function.terms is not None or not _is_found(function.function):
+        raise BadObjective(
+            "A loss with `terms`, or that is no function of a module, cannot be written to a file.",
+            "Keep the function that builds the objective, and use `--objective FILE.py:NAME`.",
+        )
+    return {"path": _path_of(function.function)}
 
 
 def _data_entry(objective: Objective, path: Path, data: str | Path | None) -> dict[str, Any]:
     """Batches as they are, or the file they come from, relative to the objective's."""
     if data is not None:
-        place = Path(os.path.relpath(Path(data).resolve(), path.resolve().parent))
-        return {"path": place.as_posix(), "sha256": sha256(data)}
+        return _file_entry(objective, path, Path(data))
     batches = list(objective.batches)
     size = 0
 
     def measured(leaf: Any) -> Any:
         nonlocal size
+        leaf = torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf
         size += leaf.nbytes if isinstance(leaf, torch.Tensor) else 0
         return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf  # a slice would drag its whole storage along
 
@@ -148,12 +181,23 @@ def _data_entry(objective: Objective, path: Path, data: str | Path | None) -> di
     return {"batches": stored}
 
 
+def _file_entry(objective: Objective, path: Path, data: Path) -> dict[str, Any]:
+    size = leading(next(iter(objective.batches), ()))
+    if Batches.of(read_data(data), batch_size=size).digests() != objective.batches.digests():
+        raise BadObjective(
+            f"{data} does not hold the data of this objective, batch for batch.",
+            "Build the objective from that file, or save without `data`.",
+        )
+    place = Path(os.path.relpath(data.resolve(), path.resolve().parent))
+    return {"path": place.as_posix(), "sha256": sha256(data), "batch_size": size}
+
+
 def _batches(entry: dict[str, Any], path: Path) -> Batches:
     if "path" not in entry:
         return Batches(entry["batches"], fixed=True)
     place = path.parent / entry["path"]
-    if not place.exists():
+    if not place.is_file():
         raise BadFile(f"The data of {path} are missing: {place}.", "Put the file back, or give others with --data.")
     if sha256(place) != entry["sha256"]:
         raise BadFile(f"The data of {path} have changed since: {place}.", "Restore them, or give others with --data.")
-    return Batches.of(read_data(place), batch_size=BATCH)
+    return Batches.of(read_data(place), batch_size=entry["batch_size"])

@@ -36,7 +36,7 @@ def draw_density(result: SpectralDensity, ax: Axes, *, color: str = BLUE, label:
     _draw_sticks(result, ax, lowest)
     ax.axvspan(-result.floor, result.floor, color=GREY, alpha=0.5, lw=1, zorder=0,
                label=f"noise floor ±{result.floor:.0e}")  # fmt: skip
-    _name_negative(result, ax)
+    ax.axvline(0, color=GREY, lw=0.8)
     ax.set_ylim(lowest, 3 * max(mean.max(), 1 / result.size))
     ax.set_xlabel("eigenvalue (signed logarithmic axis)")
     ax.set_ylabel("share of eigenvalues per decade")
@@ -82,17 +82,13 @@ def _draw_sticks(result: SpectralDensity, ax: Axes, lowest: float) -> None:
                     fontsize="x-small", color=BLACK, ha="center", va="bottom")  # fmt: skip
 
 
-def _name_negative(result: SpectralDensity, ax: Axes) -> None:
-    text = f"{percent(result.negative)} negative"
-    ax.axvline(0, color=GREY, lw=0.8)
-    ax.text(0.02, 0.97, text, transform=ax.transAxes, va="top", fontsize="small", color=BLACK)
-
-
 def _title(result: SpectralDensity) -> str:
     operator = result.origin.operator
     parts = [str(operator.get("operator", "operator")), f"{result.size:,} eigenvalues"]
-    parts += [f"{len(result.weights)} probes x {result.steps} steps", str(operator.get("dtype", ""))]
-    return ", ".join(part for part in parts if part) + ("" if result.complete else ", interrupted")
+    parts += [f"{percent(result.negative)} negative"]
+    how = [f"{len(result.weights)} probes x {result.steps} steps", str(operator.get("dtype", ""))]
+    how += [] if result.complete else ["interrupted"]
+    return ", ".join(parts) + "\n" + ", ".join(how)
 
 
 def _signed_log_axis(ax: Axes, unit: float, low: float, high: float) -> None:

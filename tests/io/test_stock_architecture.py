@@ -463,6 +463,14 @@ def test_a_pickled_stock_module_loads_without_trust(tmp_path, wrapped):
     assert_same(load_stock(tmp_path / "m.pt"), model)
 
 
+def test_layers_that_the_program_allows_stay_allowed(tmp_path):
+    torch.save(small(), tmp_path / "m.pt")
+    with torch.serialization.safe_globals([nn.Linear]):
+        load_stock(tmp_path / "m.pt")
+        assert nn.Linear in torch.serialization.get_safe_globals()
+    assert nn.Linear not in torch.serialization.get_safe_globals()
+
+
 def test_a_module_in_the_old_format_needs_trust(tmp_path):
     torch.save(small(), tmp_path / "m.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(UnsafeFile, match=r"is a pickled nn\.Module in the format before 1\.6, .* --trust"):

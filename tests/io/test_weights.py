@@ -9,6 +9,7 @@ import random
 import resource
 import struct
 import sys
+import traceback
 import types
 import warnings
 import zipfile
@@ -430,7 +431,7 @@ def test_another_protocol_is_told(tmp_path):
         BadFile, match=r"pickle protocol that cannot be read safely\. Save it again with torch\.save and"
     ) as caught:
         read_tensors(tmp_path / "w.pt")
-    assert "weights_only" not in str(caught.value)
+    assert "Re-running" not in "".join(traceback.format_exception(caught.value))  # torch's advice
 
 
 def test_a_call_of_something_harmless_in_a_harmful_way_is_refused(tmp_path):

@@ -43,10 +43,11 @@ class Loss(Protocol):
         ...
 
 
-NAMES: dict[str, Callable[[], Loss]] = {
+NAMES: dict[str, Callable[..., Loss]] = {
     "cross-entropy": CrossEntropy,
     "mse": SquaredError,
 }
+CLASSES = {"CrossEntropy": CrossEntropy, "SquaredError": SquaredError}
 
 
 def as_loss(loss: Any) -> Loss:
@@ -55,9 +56,9 @@ def as_loss(loss: Any) -> Loss:
         if loss not in NAMES:
             raise BadObjective(f"There is no loss called {loss!r}.", f"The names are {', '.join(NAMES)}.")
         return NAMES[loss]()
-    if isinstance(loss, nn.CrossEntropyLoss):
+    if type(loss) is nn.CrossEntropyLoss:  # a subclass may compute something else
         return CrossEntropy.of(loss)
-    if isinstance(loss, nn.MSELoss):
+    if type(loss) is nn.MSELoss:
         return SquaredError.of(loss)
     if isinstance(loss, type | nn.Module) or not hasattr(loss, "hessian_product"):
         raise BadObjective(
@@ -67,12 +68,21 @@ def as_loss(loss: Any) -> Loss:
     return loss
 
 
+def written(loss: Loss) -> dict[str, Any]:
+    """The class name and the fields of a loss, as plain values; BadObjective for one that is not from here."""
+    if CLASSES.get(type(loss).__name__) is not type(loss):
+        raise BadObjective(
+            f"The loss {type(loss).__name__} is your own, and cannot be written to a file.",
+            "Keep the function that builds the objective, and use `--objective FILE.py:NAME`.",
+        )
+    return {"name": type(loss).__name__, "options": dataclasses.asdict(loss)}  # pyright: ignore[reportArgumentType]
+
+
 def by_class_name(name: str, options: dict[str, Any]) -> Loss:
-    """The loss that was written down as its class name and fields; BadObjective for an unknown one."""
-    classes: dict[str, Callable[..., Loss]] = {"CrossEntropy": CrossEntropy, "SquaredError": SquaredError}
-    if name not in classes:
-        raise BadObjective(f"There is no loss class {name!r} here.", f"Known are {', '.join(classes)}.")
-    return classes[name](**options)
+    """The loss that `written` wrote down; BadObjective for an unknown one."""
+    if name not in CLASSES:
+        raise BadObjective(f"There is no loss class {name!r} here.", f"Known are {', '.join(CLASSES)}.")
+    return CLASSES[name](**options)
 
 
 def described(loss: Loss) -> str:

@@ -56,7 +56,7 @@ class CrossEntropy:
                 f"{len(self.class_weights)} class weights were given for {classes} classes.",
                 "Give one for each class.",
             )
-        kept = targets[targets != self.ignore_index]
+        kept = targets[targets != self.ignore_index].long()
         if not targets.is_floating_point() and kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < classes:
             raise BadObjective(
                 f"Class indices run from {int(kept.min())} to {int(kept.max())}, but there are {classes} outputs.",
@@ -82,7 +82,7 @@ class CrossEntropy:
         kept = targets[targets != self.ignore_index]
         if self.class_weights is None:
             return torch.tensor(kept.numel(), dtype=torch.float64)
-        return torch.tensor(self.class_weights, dtype=torch.float64, device=targets.device)[kept].sum()
+        return torch.tensor(self.class_weights, dtype=torch.float64, device=targets.device)[kept.long()].sum()
 
     def hessian_product(self, outputs: Tensor, targets: Tensor, tangent: Tensor) -> Tensor:
         """m (p * u - p (p . u)) for every term, with p the softmax and m the mass of its target distribution."""
@@ -94,13 +94,12 @@ class CrossEntropy:
 
     def _axis(self, outputs: Tensor, targets: Tensor) -> int:
         """Where the classes lie; BadObjective when nothing fits, or more than one."""
+        named = (1, -1) if self.axis is None else (self.axis,)
+        axes = {axis % outputs.ndim for axis in named if outputs.ndim}
         if targets.is_floating_point():
-            fits = {1 % outputs.ndim, outputs.ndim - 1} if targets.shape == outputs.shape else set()
+            fits = axes if targets.shape == outputs.shape else set()
         else:
-            without = {axis: outputs.shape[:axis] + outputs.shape[axis + 1 :] for axis in (0, 1, outputs.ndim - 1)}
-            fits = {axis for axis in {1 % outputs.ndim, outputs.ndim - 1} if without.get(axis) == targets.shape}
-        if self.axis is not None:
-            fits &= {self.axis % outputs.ndim}
+            fits = {axis for axis in axes if outputs.shape[:axis] + outputs.shape[axis + 1 :] == targets.shape}
         if len(fits) == 1:
             return fits.pop()
         shapes = f"outputs {tuple(outputs.shape)} and {targets.dtype} targets {tuple(targets.shape)}"
@@ -117,7 +116,7 @@ class CrossEntropy:
         logits = outputs.movedim(axis, -1).reshape(-1, outputs.shape[axis])
         if targets.is_floating_point():
             return logits, targets.movedim(axis, -1).reshape(logits.shape)
-        return logits, targets.reshape(-1)
+        return logits, targets.reshape(-1).long()
 
     def _weights(self, logits: Tensor) -> Tensor | None:
         if self.class_weights is None:
@@ -133,7 +132,7 @@ class CrossEntropy:
             mass = (targets.to(outputs.dtype).movedim(axis, -1) * ones).sum(-1)
         else:
             kept = targets != self.ignore_index
-            mass = ones[targets.where(kept, 0)] * kept
+            mass = ones[targets.where(kept, 0).long()] * kept
         smooth = self.label_smoothing
         floor = smooth / classes * ones.sum()
         return (1 - smooth) * mass + (floor if targets.is_floating_point() else floor * kept)
