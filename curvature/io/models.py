@@ -11,7 +11,7 @@ from torch import nn
 from curvature.errors import BadFile, UnsafeFile, printable
 from curvature.io.architecture import load_stock
 from curvature.io.recognise import FileKind, pickle_globals, recognise
-from curvature.io.weights import load_into, load_trusted, read_tensors, state_dict_of
+from curvature.io.weights import load_into, load_trusted, read_tensors, read_trusted, state_dict_of
 
 WEIGHTS = (FileKind.TENSORS, FileKind.LEGACY, FileKind.SAFETENSORS)
 
@@ -34,7 +34,7 @@ def read_module(
     if kind is FileKind.HUGGING_FACE:
         return _hugging_face(path), []
     if kind in WEIGHTS and not (kind is FileKind.LEGACY and arch is None):
-        return _with_weights(path, kind, arch, allow)
+        return _with_weights(path, kind, arch, trust, allow)
     if arch is not None and kind is not FileKind.DCP:
         module = load_trusted(path) if trust else _stock_or_refuse(path, kind)
         fresh = arch()
@@ -46,14 +46,16 @@ def read_module(
 
 
 def _with_weights(
-    path: Path, kind: FileKind, arch: Callable[[], nn.Module] | None, allow: Sequence[str]
+    path: Path, kind: FileKind, arch: Callable[[], nn.Module] | None, trust: bool, allow: Sequence[str]
 ) -> tuple[nn.Module, list[str]]:
     if arch is None:
         raise BadFile(
             f"{path} is {kind.value}: weights without the model they belong to.",
             "Name the code that makes the model: --arch ./file.py:NAME.",
         )
-    state, notes = state_dict_of(read_tensors(path, allow=allow))
+    pickled = kind is not FileKind.SAFETENSORS
+    held = read_trusted(path) if trust and pickled else read_tensors(path, allow=allow)
+    state, notes = state_dict_of(held)
     module = arch()
     if not isinstance(module, nn.Module):
         raise BadFile(f"--arch made a {type(module).__name__}.", "It must return a torch.nn.Module.")

@@ -98,7 +98,7 @@ class SpectralDensity(Result):
     @property
     def unit(self) -> float:
         """Where the signed logarithmic axis turns from linear to logarithmic: 1e-4 of the largest magnitude."""
-        return 1e-4 * float(self.nodes.abs().max())
+        return 1e-4 * float(self.nodes.abs().max()) or 1.0  # of a zero matrix any unit will do
 
     @property
     def width(self) -> float:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from curvature.errors import BadFile, BadObjective, TooLarge, UnsafeFile, listing, one_line
-from curvature.io.architecture import build, describe
+from curvature.io.architecture import describe, restore
 from curvature.io.data import read_data
 from curvature.io.files import sha256, write_atomically
 from curvature.io.recognise import OBJECTIVE_FORMAT
@@ -76,10 +76,10 @@ def load(
 
     contents = read_tensors(path)
     try:
-        module = _module(contents["architecture"], trust, arch, path)
+        state, selected = contents["state"], contents["selected"]
+        module = _module(contents["architecture"], state, trust, arch, path)
         function = _function(contents["loss"], module, trust, path)
         batches = _batches(contents["data"], path) if data is None else Batches(())
-        state, selected = contents["state"], contents["selected"]
         mode, seed = contents["mode"], contents["seed"]
         params = {name: state[name] for name in selected}
         frozen = {name: state[name] for name, _ in module.named_parameters() if name not in params}
@@ -96,11 +96,13 @@ def load(
     return objective if data is None else objective.on(data, batch_size=batch_size)
 
 
-def _module(entry: dict[str, Any], trust: bool, arch: Callable[[], nn.Module] | None, path: Path) -> nn.Module:
+def _module(
+    entry: dict[str, Any], state: dict[str, Any], trust: bool, arch: Callable[[], nn.Module] | None, path: Path
+) -> nn.Module:
     if arch is not None:
         return arch()
     if "path" not in entry:
-        return build(entry)
+        return restore(entry, state)  # around the stored tensors: allocates nothing that the file merely claims
     make = _trusted(entry["path"], trust, path, "--arch")
     try:
         return make()

@@ -97,7 +97,7 @@ def _signed_log_axis(ax: Axes, unit: float, low: float, high: float) -> None:
     edges = [float(_forward(np.array(t), unit)) for t in (min(low, 0.0), max(high, 0.0))]
     margin = 0.06 * (edges[1] - edges[0]) + 0.1
     ax.set_xlim(*(float(_backward(np.array(s), unit)) for s in (edges[0] - margin, edges[1] + margin)))
-    top = math.floor(math.log10(max(abs(low), abs(high))))
+    top = math.floor(math.log10(max(abs(low), abs(high), unit)))
     decades = [10.0**k for k in range(math.ceil(math.log10(unit)), top + 1)]
     ticks = [-t for t in decades if -t >= low * 1.5] + [0.0] + [t for t in decades if t <= high * 1.5]
     ax.xaxis.set_major_locator(FixedLocator(sorted(ticks)))

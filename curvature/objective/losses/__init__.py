@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from curvature.objective.losses.classification import CrossEntropy
 from curvature.objective.losses.regression import SquaredError
 
 
+@runtime_checkable
 class Loss(Protocol):
     """A loss of outputs and targets that is a sum over terms; the objective is the mean over their weight."""
 
@@ -60,7 +61,7 @@ def as_loss(loss: Any) -> Loss:
         return CrossEntropy.of(loss)
     if type(loss) is nn.MSELoss:
         return SquaredError.of(loss)
-    if isinstance(loss, type | nn.Module) or not hasattr(loss, "hessian_product"):
+    if isinstance(loss, type | nn.Module) or not isinstance(loss, Loss):
         raise BadObjective(
             f"{_name(loss)} has no closed-form Hessian here.",
             "Use Objective.from_loss(model, lambda model, batch: ..., data), which takes any scalar loss.",
