@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import operator
@@ -9,36 +10,41 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .options import Misuse
+
 
 def is_spec(text: str) -> bool:
     """Whether `text` names code rather than a file: something, a colon, and a dotted name."""
     place, colon, name = text.rpartition(":")
-    return bool(colon and place) and not place.startswith("demo") and all(p.isidentifier() for p in name.split("."))
+    return bool(colon and place) and place != "demo" and all(p.isidentifier() for p in name.split("."))
 
 
 def resolve(spec: str) -> Any:
     """The object that `spec` names. A place with a slash, or ending in .py, is a file, else an installed module.
 
     A file is imported as `python file.py` would find its neighbours: from its own folder, not from the current one.
-    Raises BadObjective when there is no such place or name, or when importing it fails.
+    Raises Misuse when there is no such place or name, BadObjective when importing it fails.
     """
-    from curvature import BadObjective
+    from curvature.errors import BadObjective, one_line
 
     place, _, name = spec.rpartition(":")
     if not is_spec(spec):
-        raise BadObjective(f"{spec!r} names no code.", "Write ./file.py:name or package.module:name.")
+        raise Misuse(f"{spec!r} names no code.", "Write ./file.py:name or package.module:name.")
     is_file = "/" in place or place.endswith(".py")
     if is_file and not Path(place).is_file():
-        raise BadObjective(f"There is no file {place}.", "Check the path before the colon.")
+        raise Misuse(f"There is no file {place}.", "Check the path before the colon.")
     try:
         module = _from_file(Path(place)) if is_file else importlib.import_module(place)
+    except (Exception, SystemExit) as error:  # the user's own code can raise anything, or parse our options
+        raise BadObjective(
+            f"Importing {place} failed: {one_line(error)}.", "Run it with python to see where."
+        ) from error
+    try:
         return operator.attrgetter(name)(module)
     except AttributeError as error:
-        raise BadObjective(f"{place} has no {name!r}: {error}.", "Check the name after the colon.") from error
-    except Exception as error:  # the user's own code can raise anything
-        raise BadObjective(
-            f"Importing {place} failed: {type(error).__name__}: {error}.", "Run it with python to see where."
-        ) from error
+        near = difflib.get_close_matches(name, vars(module), n=1)
+        fix = f"Did you mean {place}:{near[0]}?" if near else "Check the name after the colon."
+        raise Misuse(f"{place} has no {name!r}.", fix) from error
 
 
 def _from_file(path: Path) -> Any:
@@ -48,9 +54,6 @@ def _from_file(path: Path) -> Any:
         raise ImportError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickles look their module up here
-    sys.path.insert(0, str(path.resolve().parent))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.resolve().parent))
+    sys.path.insert(0, str(path.resolve().parent))  # and there it stays, for imports inside functions
+    spec.loader.exec_module(module)
     return module

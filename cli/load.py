@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .code import is_spec, resolve
-from .options import Task
+from .options import Misuse, Task
 from .output import warn
 
 if TYPE_CHECKING:
@@ -21,22 +21,29 @@ if TYPE_CHECKING:
 def load_operator(model: str | None, task: Task) -> cv.LinearOperator:
     """The matrix that --operator names, of the objective; its health is checked now."""
     import curvature as cv
+    from curvature.errors import listing
 
     objective = load_objective(model, task)
     health = objective.check()
     if health.unused:
-        warn(f"the loss does not depend on {len(health.unused)} parameters: {', '.join(health.unused[:3])}, ...")
+        warn(f"the loss does not depend on {len(health.unused)} parameters: {listing(health.unused, 3)}")
     return cv.hessian(objective) if task.operator == "hessian" else cv.ggn(objective)
 
 
 def load_objective(model: str | None, task: Task) -> cv.Objective:
     """The objective that MODEL and the options describe; demo:digits when they describe nothing."""
+    if task.arch_arg and task.arch is None:
+        raise Misuse("--arch-arg is for the code that --arch names.", "Pass --arch, or leave --arch-arg out.")
     if task.objective is not None:
         return _adjusted(_from_code(task.objective, model, task), task)
     model = "demo:digits" if model is None else model
     if model.startswith("demo:"):
         return _adjusted(_demo(model), task)
     if is_spec(model):
+        if task.arch is not None:
+            raise Misuse(
+                f"{model} is code, which brings its own model.", "Leave --arch out, or give a file of weights."
+            )
         return _from_made(_called(model), model, task)
     return _from_file(model, task)
 
@@ -67,9 +74,10 @@ def _from_file(path: str, task: Task) -> cv.Objective:
     from curvature.io.models import read_module
     from curvature.io.recognise import FileKind, recognise
 
-    arch = None if task.arch is None else partial(_called, task.arch, task.arch_arg)
+    arch = None if task.arch is None else partial(_made, task.arch, task.arch_arg)
     if recognise(path) is FileKind.OBJECTIVE:
-        objective = cv.Objective.load(path, trust=task.trust, arch=arch, data=_data(task))
+        data = _data(task)
+        objective = cv.Objective.load(path, trust=task.trust, arch=arch, data=data, **_cut(task))
         return _adjusted(objective, task, loaded=True)
     _need_loss_and_data(path, task)  # before the file is opened: it may be large
     module, notes = read_module(path, arch=arch, trust=task.trust, allow=task.allow_global)
@@ -89,9 +97,12 @@ def _from_made(made: Any, name: str, task: Task) -> cv.Objective:
         raise cv.BadObjective(f"{name} made a {type(made).__name__}.", "Return a torch.nn.Module or an Objective.")
     _need_loss_and_data(name, task)
     made = made.to(_device(task))
-    options: dict[str, Any] = {"select": _select(task), "mode": task.mode, "dtype": _dtype(task)}
-    if task.batch_size is not None:
-        options["batch_size"] = task.batch_size
+    options: dict[str, Any] = {
+        "select": _select(task),
+        "mode": task.mode or "eval",
+        "dtype": _dtype(task),
+        **_cut(task),
+    }
     assert task.loss is not None
     if is_spec(task.loss):
         return cv.Objective.from_loss(made, resolve(task.loss), _data(task), **options).first(task.max_examples)
@@ -100,27 +111,23 @@ def _from_made(made: Any, name: str, task: Task) -> cv.Objective:
 
 def _adjusted(objective: cv.Objective, task: Task, *, loaded: bool = False) -> cv.Objective:
     """An objective that came whole, with what the options change of it."""
-    import curvature as cv
-
     if task.loss is not None or (task.arch is not None and not loaded):
-        raise cv.BadObjective("MODEL brings its own model and loss.", "Leave --loss and --arch out.")
+        raise Misuse("MODEL brings its own model and loss.", "Leave --loss and --arch out.")
     if task.batch_size is not None and task.data is None:
-        raise cv.BadObjective("MODEL brings its own batches.", "Give --batch-size together with --data.")
+        raise Misuse("MODEL brings its own batches.", "Give --batch-size together with --data.")
     if task.params or task.exclude:
         objective = objective.narrowed(_select(task))
     if task.data is not None and not loaded:
-        objective = objective.on(_data(task), **({"batch_size": task.batch_size} if task.batch_size else {}))
-    if task.mode != "eval":
+        objective = objective.on(_data(task), **_cut(task))
+    if task.mode is not None and task.mode != objective.mode:
         objective = objective.in_mode(task.mode)
     return objective.first(task.max_examples).to(dtype=_dtype(task), device=_device(task))
 
 
 def _need_loss_and_data(name: str, task: Task) -> None:
-    import curvature as cv
-
     missing = [option for option, given in (("--loss", task.loss), ("--data", task.data)) if given is None]
     if missing:
-        raise cv.BadObjective(
+        raise Misuse(
             f"{name} says nothing about {' and '.join(option[2:] for option in missing)}.",
             f"Pass {' and '.join(missing)}, or --objective ./file.py:NAME that returns a curvature.Objective.",
         )
@@ -143,6 +150,10 @@ def _data(task: Task) -> Any:
     return read_data(task.data)
 
 
+def _cut(task: Task) -> dict[str, int]:
+    return {} if task.batch_size is None else {"batch_size": task.batch_size}
+
+
 def _select(task: Task) -> Callable[[str, Any], bool]:
     wanted, unwanted = task.params or ("*",), task.exclude
     return lambda name, _: any(fnmatchcase(name, g) for g in wanted) and not any(fnmatchcase(name, g) for g in unwanted)
@@ -151,19 +162,33 @@ def _select(task: Task) -> Callable[[str, Any], bool]:
 def _called(spec: str, arguments: tuple[str, ...] = ()) -> Any:
     """What the code at `spec` returns when called with name=value arguments; objects that are no code as they are."""
     import curvature as cv
+    from curvature.errors import one_line
 
     made = resolve(spec)
     if not callable(made) or isinstance(made, cv.Objective) or _is_module(made):
         return made
-    pairs = (argument.partition("=") for argument in arguments)
+    pairs = [argument.partition("=") for argument in arguments]
+    for name, equals, _ in pairs:
+        if not (name and equals):
+            raise Misuse(f"--arch-arg {name}{equals} is not of the form name=value.", "Write --arch-arg hidden=32.")
     try:
         return made(**{name: _literal(value) for name, _, value in pairs})
     except cv.CurvatureError:
         raise
-    except Exception as error:  # the user's own code can raise anything
+    except (Exception, SystemExit) as error:  # the user's own code can raise anything
         raise cv.BadObjective(
-            f"Calling {spec} failed: {type(error).__name__}: {error}.", "Run it with python to see where."
+            f"Calling {spec} failed: {one_line(error)}.", "Run it with python to see where."
         ) from error
+
+
+def _made(spec: str, arguments: tuple[str, ...]) -> torch.nn.Module:
+    """The module that the code at `spec` makes."""
+    import curvature as cv
+
+    made = _called(spec, arguments)
+    if not _is_module(made):
+        raise cv.BadObjective(f"{spec} made a {type(made).__name__}.", "It must return a torch.nn.Module.")
+    return made
 
 
 def _is_module(made: Any) -> bool:
@@ -194,9 +219,9 @@ def _device(task: Task) -> torch.device:
     try:
         return torch.empty(0, device=task.device).device
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(
-            f"--device {task.device} cannot be used: {first}. Use cpu, or install a torch for it."
+        first = str(error).splitlines()[0].rstrip(".")
+        raise Misuse(
+            f"--device {task.device} cannot be used: {first}.", "Use cpu, or install a torch for it."
         ) from error
 
 

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
+import importlib.util
+import os
 import signal
 import sys
+import tomllib
 import traceback
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from cyclopts import App, CycloptsError
-from cyclopts.config import Toml
+from cyclopts import App, ArgumentCollection, CycloptsError
+from cyclopts.config import Dict
+
+from .options import SAFETY
+from .output import say, warn
 
 OK, INTERNAL, USAGE, UNREADABLE, UNSAFE, NOT_DIFFERENTIABLE, NUMERICAL, RESOURCES = range(8)
 INTERRUPTED, TERMINATED = 130, 143
+CONFIG = "curv.toml"
 CODES = {  # by class name, so that no error makes us import torch
+    "Misuse": USAGE,
     "BadFile": UNREADABLE,
     "UnsafeFile": UNSAFE,
     "BadObjective": NOT_DIFFERENTIABLE,
@@ -56,44 +65,61 @@ def _version() -> str:
 
 def build() -> App:
     """The app with every command, each in a module of its own that is imported when it is asked for."""
-    app = App(name="curv", help=HELP, help_format="plaintext", version=_version, config=_without_trust)
+    app = App(
+        name="curv",
+        help=HELP,
+        help_format="plaintext",
+        version=_version,
+        config=_configured,
+        suppress_keyboard_interrupt=False,  # `run` says what became of the results
+    )
     for command, line in COMMANDS.items():
         app.command(f"curvature_cli.{command}:{command}", name=command, help=line)
     return app
 
 
-def _without_trust(app: App, commands: tuple[str, ...], arguments: object) -> None:
-    """Options from ./curv.toml; whether to run code from a model file is never among them."""
-    toml = Toml("curv.toml", must_exist=False)
-    named = {key for table in (toml.config, *toml.config.values()) if isinstance(table, dict) for key in table}
-    if "trust" in named:
-        raise CycloptsError(msg='"trust" cannot be set in curv.toml: say --trust for each file that you trust.')
-    toml(app, commands, arguments)  # pyright: ignore[reportArgumentType]
+def _configured(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Options from ./curv.toml, one table a command; which code of a file may be run is never among them."""
+    try:
+        tables = tomllib.loads(Path(CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise CycloptsError(msg=f"{CONFIG} cannot be read: {error}.") from error
+    for name in tables.keys() - COMMANDS.keys():
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"Did you mean [{near[0]}]?" if near else "Options go into a table of their command, such as [spectrum]."
+        raise CycloptsError(msg=f"{CONFIG} has {name!r}, which is no command. {hint}")
+    Dict(tables, source=CONFIG)(app, commands, arguments)
+    for argument in arguments:
+        safety = SAFETY in argument.parameter.group  # pyright: ignore[reportOperatorIssue]
+        if safety and any(token.source == CONFIG for token in argument.tokens):
+            raise CycloptsError(msg=f"{argument.name} cannot be set in {CONFIG}: say it for each file that you trust.")
 
 
 def main(tokens: list[str] | None = None) -> NoReturn:
     """Run one command line and exit with its code."""
     tokens = sys.argv[1:] if tokens is None else tokens
     signal.signal(signal.SIGTERM, _terminate)
-    code = run(tokens)
-    sys.stdout.flush()
-    sys.exit(code)
+    sys.exit(run(tokens))
 
 
 def run(tokens: list[str]) -> int:
     """Run one command line; the exit code."""
     try:
         build()(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        sys.stdout.flush()
         return OK
     except CycloptsError as error:
-        _say(f"curv: {error}", "Run `curv --help`, or `curv COMMAND --help`.")
+        _say(f"{error}", "Run `curv --help`, or `curv COMMAND --help`.")
         return USAGE
-    except Terminated:
-        return TERMINATED
     except KeyboardInterrupt as stop:
-        if not getattr(stop, "result", None):
-            _say("curv: interrupted before there was anything to keep.")
-        return INTERRUPTED
+        if getattr(stop, "result", None) is None:
+            warn("interrupted before there was anything to keep.")
+        return TERMINATED if Terminated in (type(stop), type(stop.__cause__)) else INTERRUPTED
+    except BrokenPipeError:  # whoever read the output, such as `head`, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return OK
     except Exception as error:
         if "--debug" in tokens:
             traceback.print_exc()
@@ -104,41 +130,34 @@ def _explain(error: Exception) -> int:
     """Print cause and fix of a failure on stderr; the exit code it stands for."""
     code = next((CODES[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in CODES), None)
     if code is not None:
-        _say(f"curv: {getattr(error, 'cause', error)}", getattr(error, "fix", ""))
+        _say(getattr(error, "cause", str(error)), getattr(error, "fix", ""))
         return code
     if isinstance(error, ValueError | TypeError) and _raised_in_library(error):
-        _say(f"curv: {error}", "Change that option; `curv COMMAND --help` lists them.")
+        _say(str(error), "Change that option; `curv COMMAND --help` lists them.")
         return USAGE
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "OutOfMemory" in type(error).__name__:
-        _say("curv: out of memory.", "Ask for fewer probes or steps, a smaller --batch-size, or fewer --params.")
+        _say("out of memory.", "Ask for fewer probes or steps, a smaller --batch-size, or fewer --params.")
         return RESOURCES
     if isinstance(error, OSError):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        _say(f"curv: {error}", "Free some disk space." if full else "Check the path and its permissions.")
+        _say(f"{error}.", "Free some disk space." if full else "Check the path and its permissions.")
         return RESOURCES if full else UNREADABLE
     first = (str(error).strip().splitlines() or [""])[0]
-    _say(f"curv: internal error: {type(error).__name__}: {first}", "Run again with --debug and report the traceback.")
+    _say(f"internal error: {type(error).__name__}: {first}", "Run again with --debug and report the traceback.")
     return INTERNAL
 
 
 def _raised_in_library(error: Exception) -> bool:
     """Whether the last frame is our own: a value that the library refuses, not an accident further down."""
-    frames = traceback.extract_tb(error.__traceback__)
-    here = Path(__file__).parent.name
-    return bool(frames) and any(
-        part in Path(frames[-1].filename).parts for part in ("curvature", "curvature_cli", here)
-    )
+    place = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    specs = (importlib.util.find_spec(name) for name in ("curvature", "curvature_cli"))
+    return any(spec and spec.origin and place.is_relative_to(Path(spec.origin).parent) for spec in specs)
 
 
-def _say(cause: str, fix: str = "") -> None:
-    for line in (cause, fix):
-        if line:
-            print(_clean(line), file=sys.stderr)
-
-
-def _clean(text: str) -> str:
-    """One line without control characters: names in files are not ours."""
-    return "".join(c if c.isprintable() else " " for c in text)
+def _say(cause: str, fix: str) -> None:
+    warn(cause)
+    if fix:
+        say(fix)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

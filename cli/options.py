@@ -19,6 +19,14 @@ Seed = Annotated[int, Parameter(group=NUMBERS)]
 Tolerance = Annotated[float, Parameter(validator=Number(gt=0, lt=1), group=NUMBERS)]
 
 
+class Misuse(Exception):
+    """Options that cannot be met, or not together: cause and fix, as in curvature.errors."""
+
+    def __init__(self, cause: str, fix: str) -> None:
+        super().__init__(cause, fix)
+        self.cause, self.fix = cause, fix
+
+
 Many = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
 Format = Literal["human", "json", "quiet"]
 
@@ -48,8 +56,8 @@ class Task:
     "Not those whose name matches this glob; may be repeated."
     operator: Literal["hessian", "ggn"] = "hessian"
     "Which matrix."
-    mode: Literal["eval", "train"] = "eval"
-    "Whether batch normalisation and dropout act as in evaluation or in training (fixed masks)."
+    mode: Literal["eval", "train"] | None = None
+    "Whether batch normalisation and dropout act as in evaluation (the default) or in training (fixed masks)."
     dtype: Literal["float32", "float64"] | None = None
     "Precision of the computation; by default that of the weights."
     device: str = "auto"
@@ -68,7 +76,7 @@ class Output:
     out: Path | None = None
     "A folder for result.json, arrays.safetensors and the picture. Without it nothing is written."
     format: Format = "human"
-    "What standard output gets: a table, exactly result.json, or nothing."
+    "What standard output gets: a table, what result.json holds, or nothing."
     overwrite: Annotated[bool, Parameter(negative=())] = False
     "Replace a result that is already in --out."
     progress: Literal["auto", "bar", "log", "none"] = "auto"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -10,24 +11,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import Output
+from .options import Misuse, Output
 
 if TYPE_CHECKING:
     import curvature as cv
 
+FILES = ("result.json", "arrays.safetensors")  # what `Result.save` writes
 PATIENCE = 10.0  # seconds between lines of progress where there is no terminal
 
 
 def prepare(output: Output, command: str) -> None:
     """Refuse, before any work is done, what could not be written afterwards; set the number of threads."""
-    if output.out is not None and (output.out / "result.json").exists() and not output.overwrite:
-        raise ValueError(f"{output.out} already holds a result. Pass --overwrite, or another --out.")
-    if output.out is not None and output.out.exists() and not output.out.is_dir():
-        raise ValueError(f"{output.out} is a file; --out takes a folder.")
+    if output.out is not None:
+        _check_folder(output.out, command, output.overwrite)
     if output.threads is not None:
         import torch
 
         torch.set_num_threads(output.threads)
+
+
+def _check_folder(out: Path, command: str, overwrite: bool) -> None:
+    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise Misuse(f"{place} is a file, and --out takes a folder.", "Give another --out.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise Misuse(f"Nothing can be written in {place}.", "Check its permissions, or give another --out.")
+    present = [name for name in (*FILES, f"{command}.png") if (out / name).exists()]
+    if present and not overwrite:
+        raise Misuse(f"{out} already holds {', '.join(present)}.", "Pass --overwrite, or another --out.")
 
 
 def deliver(measure: Callable[[cv.Run], cv.Result], output: Output, command: str) -> None:
@@ -45,23 +56,30 @@ def deliver(measure: Callable[[cv.Run], cv.Result], output: Output, command: str
 
 
 def emit(result: cv.Result, output: Output, command: str) -> None:
-    """Write the files, then the table or JSON."""
-    if output.out is not None:
-        folder = result.save(output.out)
-        picture = _picture(result, folder / f"{command}.png")
-    if output.format == "json":
-        print(json.dumps(result.to_dict(), allow_nan=False))
-    elif output.format == "human":
-        print(_table(result))
-        if output.out is None:
-            print("Nothing was written; --out DIR keeps the numbers and a picture.", file=sys.stderr)
-        else:
-            print(f"Written to {output.out}: result.json, arrays.safetensors{picture}", file=sys.stderr)
+    """Write the files, then the table or JSON; these also when writing fails, since the numbers may be dear."""
+    note = "Nothing was written; --out DIR keeps the numbers and a picture."
+    try:
+        if output.out is not None:
+            folder = result.save(output.out)
+            picture = _picture(result, folder / f"{command}.png")
+            note = f"Written to {folder}: {', '.join(FILES)}{picture}"
+    finally:
+        if output.format == "json":
+            print(json.dumps(result.to_dict(), allow_nan=False))
+        elif output.format == "human":
+            print(_table(result))
+    if output.format == "human":
+        say(note)
 
 
 def warn(text: str) -> None:
-    """One line on stderr."""
-    print(f"curv: {text}", file=sys.stderr)
+    """One line on stderr, marked as ours."""
+    say(f"curv: {text}")
+
+
+def say(text: str) -> None:
+    """One line on stderr, without control characters: names in files are not ours."""
+    print("".join(c if c.isprintable() else " " for c in text), file=sys.stderr)
 
 
 def _table(result: cv.Result) -> str:

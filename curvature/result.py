@@ -122,21 +122,25 @@ class Result:
             written = json.loads(path.read_text(encoding="utf-8"))
             arrays = (path.parent / written["arrays"]["file"]).read_bytes()
             kind, digest = written["kind"], written["arrays"]["sha256"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadFile(f"{path} is not a saved result: {error}.", "Give the folder that `save` wrote.") from error
+        if written.get("schema") != SCHEMA:
+            raise BadFile(
+                f"{path} has schema {written.get('schema')}, not {SCHEMA}.",
+                "Use the version of curvature that wrote it.",
+            )
         if hashlib.sha256(arrays).hexdigest() != digest:
             raise BadFile(f"The arrays beside {path} are not those it was saved with.", "Measure again.")
         classes = {c.__name__: c for c in (cls, *_subclasses(cls))}
         if kind not in classes:
-            raise BadFile(f"{path} holds a {kind}, not a {cls.__name__}.", "Use curvature.load(folder).")
-        tensors = safetensors.torch.load(arrays)
-        values = {
-            f.name: tensors.get(f.name, written.get(f.name))
-            for f in fields(classes[kind])
-            if f.name not in ("cost", "origin")
-        }
+            raise BadFile(f"{path} holds a {kind}, not a {cls.__name__}.", "Use Result.load(folder).")
         made: Any = classes[kind]
-        return made(**values, cost=Cost(**written["cost"]), origin=Origin(**written["origin"]))
+        try:
+            values = {**written, **safetensors.torch.load(arrays)}
+            values |= {"cost": Cost(**written["cost"]), "origin": Origin(**written["origin"])}
+            return made(**{f.name: values[f.name] for f in fields(made)})
+        except (KeyError, TypeError, safetensors.SafetensorError) as error:
+            raise BadFile(f"{path} lacks what a {kind} is made of: {error}.", "Measure again.") from error
 
     def plot(self, ax: Axes | None = None, **style: Any) -> Axes:
         """Draw the result on `ax`, or on new axes; needs the extra `plot` (matplotlib)."""

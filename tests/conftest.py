@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `import objectives` and `import untouched`
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "benchmarks")]  # for `import objectives`, `import demo_accuracy`
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,7 @@
 
 `curv eig WEIGHTS/model.safetensors --objective benchmarks/tasks/forecast.py:objective`: the architecture and the
 weights come from the wheel fracast (Apache-2.0), the series, weekly CO2 at Mauna Loa and yearly sunspots, from
-statsmodels (public domain). This file must not be called fracast.py: like python, `curv` imports a file's neighbours
-first, and would find it in place of the package.
+statsmodels (public domain).
 """
 
 from __future__ import annotations
@@ -57,12 +56,12 @@ def folder() -> Path:
 
 
 def windows() -> tuple[Tensor, Tensor, Tensor]:
-    """(contexts, where they are seen, the 48 values that follow), of four stretches of CO2 and two of sunspots."""
+    """(contexts, where they are seen, the 48 values that follow), of two stretches of CO2 and two of sunspots."""
     from statsmodels.datasets import co2, sunspots
 
     weekly = co2.load_pandas().data["co2"].to_numpy()
     yearly = sunspots.load_pandas().data["SUNACTIVITY"].to_numpy()
-    ends = [(weekly, len(weekly) - back) for back in (0, 52, 104, 156)]
+    ends = [(weekly, len(weekly) - back) for back in (0, 104)]
     ends += [(yearly, len(yearly) - back) for back in (0, 48)]
     contexts, seen, targets = zip(*(_window(series, end) for series, end in ends), strict=True)
     return torch.stack(contexts), torch.stack(seen), torch.stack(targets)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -52,8 +53,7 @@ def sentence_pairs(count: int) -> list[tuple[str, str]]:
     pairs = []
     for name in sorted(topics):
         sentences = re.split(r"(?<=[.!?])\s+", " ".join(topics[name].split()))
-        neighbours = zip(sentences, sentences[1:], strict=False)
-        pairs += [pair for pair in neighbours if all(40 <= len(sentence) <= 160 for sentence in pair)][:1]
+        pairs += [pair for pair in pairwise(sentences) if all(40 <= len(sentence) <= 160 for sentence in pair)][:1]
     return pairs[:count]
 
 

@@ -147,7 +147,6 @@ def _iterate(
     krylov: Krylov, draws: Iterator[Tensor], k: int, which: Which, rtol: float, max_steps: int, block: int
 ) -> None:
     """Grow and restart the basis until the k wanted Ritz pairs have converged, or the steps are used up."""
-    capacity = len(krylov._basis)
     for step in range(1, max_steps + 1):
         if krylov.width == 0:  # at the start, and when the basis is invariant but more is wanted of it
             krylov.start(torch.stack(list(islice(draws, block))))
@@ -161,7 +160,7 @@ def _iterate(
         krylov.measurement.report(step, max_steps, f"{settled} of {k} converged, first {lead}")
         if krylov.multiplied == krylov.space.size or settled == k or step == max_steps:
             return
-        if krylov.size + block > capacity and capacity < krylov.space.size:
+        if krylov.size + block > krylov.capacity and krylov.capacity < krylov.space.size:
             keep = min(k + (krylov.multiplied - k) // 2, krylov.multiplied - block)
             krylov.restart(values[order[:keep]], vectors[:, order[:keep]])
         else:

@@ -42,6 +42,11 @@ class Krylov:
         self.scale = 0.0  # the largest product seen: a lower bound of the norm of A, what "small" is relative to
 
     @property
+    def capacity(self) -> int:
+        """The most rows the basis can have."""
+        return len(self._basis)
+
+    @property
     def basis(self) -> Float[Tensor, "d n"]:
         """The rows whose products are known."""
         return self._basis[: self.multiplied]
@@ -115,7 +120,7 @@ class Krylov:
         """
         fresh = self.space.orthonormal(rows, small=small)
         self._project_out(fresh)
-        fresh = self.space.orthonormal(fresh)[: len(self._basis) - self.size]
+        fresh = self.space.orthonormal(fresh)[: self.capacity - self.size]
         place = slice(self.size, self.size + len(fresh))
         self._basis[place] = fresh
         self.size, self.width = place.stop, len(fresh)
@@ -142,7 +147,7 @@ class Krylov:
         if asymmetry > self.space.eps**0.5 * self.scale:
             raise ValueError(
                 f"The operator is not symmetric: |u.Av - v.Au| reached {asymmetry:.2g}, with |A| about "
-                f"{self.scale:.2g}. If it comes from a model, curvature.check(objective) says what breaks it."
+                f"{self.scale:.2g}. If it comes from a model, objective.check() looks for the cause."
             )
 
 

@@ -267,7 +267,10 @@ def as_operator(A: Any) -> LinearOperator:
     if len(shape) != 2 or shape[0] != shape[1] or not hasattr(A, "__matmul__"):
         raise TypeError(f"Expected a square operator with .shape and @, but got {type(A).__name__} {shape}.")
     dtype = getattr(A, "dtype", None)
-    if isinstance(dtype, torch.dtype):
+    of_torch = isinstance(dtype, torch.dtype)
+    if not (dtype.is_floating_point if of_torch else not np.issubdtype(dtype, np.complexfloating)):
+        raise TypeError(f"Expected a matrix of real floating-point numbers, but got {dtype}.")
+    if of_torch:
         space = Space(shape[0], dtype, torch.device(getattr(A, "device", "cpu")))
         return MatrixFree(lambda rows: (A @ rows.T).T, space, symmetric=True, source={"operator": type(A).__name__})
     space = Space(shape[0], torch.float32 if dtype == np.float32 else torch.float64)

@@ -59,15 +59,19 @@ class SpectralDensity(Result):
     def cdf(self, points: Float[Tensor, " t"]) -> Estimate:
         """The share of eigenvalues at or below each of `points` (t,): a staircase that needs no bandwidth.
 
-        `stderr` is the spread over probes. A node stands for all eigenvalues around it, so between nodes the staircase
-        may be off by a step: `floor` is the larger of the two steps beside each point, and part of every interval.
+        `stderr` is the spread over probes. A node stands for the eigenvalues around it: they have its residual r as
+        their standard deviation, so up to r^2 / (r^2 + d^2) of its mass lies beyond a point at distance d (Cantelli).
+        `floor` sums that over one block of nodes on either side of a point, the larger of the two: in a dense spectrum
+        the nodes come in blocks of as many as there are probes. It is part of every interval.
         """
-        points = points.double()
-        share = self.mean(lambda nodes: (nodes <= points.unsqueeze(1)).double())
-        above = torch.searchsorted(self.nodes, points, right=True)
-        steps = torch.zeros(len(self.nodes) + 2, dtype=torch.float64)
-        steps[1:-1] = self.weights.mean(0) * ~self.single  # a counted node hides nothing
-        return replace(share, floor=torch.maximum(steps[above], steps[above + 1]).clamp(min=1e-12))  # sums round
+        points = points.double().unsqueeze(1)
+        share = self.mean(lambda nodes: (nodes <= points).double())
+        spread = self.residuals.square()
+        beyond = spread / (spread + (self.nodes - points).square()).clamp(min=1e-300) * self.weights.mean(0)
+        place = torch.arange(len(self.nodes)) - torch.searchsorted(self.nodes, points, right=True)
+        below = beyond.where((place < 0) & (place >= -len(self.weights)), 0).sum(1)
+        above = beyond.where((place >= 0) & (place < len(self.weights)), 0).sum(1)
+        return replace(share, floor=torch.maximum(below, above).clamp(min=1e-12))  # sums round
 
     def quantile(self, share: float) -> float:
         """The smallest node at or below which at least `share` of the eigenvalues lie."""
@@ -78,17 +82,16 @@ class SpectralDensity(Result):
 
     @property
     def alone(self) -> Bool[Tensor, " d"]:
-        """Which nodes are outliers: counted, at an end, and further than `width` from the next node inwards.
+        """Which nodes are outliers: counted, at an end, and further than `width` from the next node inwards, or beyond
+        one that is.
 
         Distances are on the signed logarithmic axis, where `width` is a factor beyond `unit`.
         """
         s = signed_log(self.nodes, self.unit)
-        apart = s.diff() > self.width
-        edge = torch.ones(1, dtype=torch.bool)
-        top = torch.cat([edge & False, apart]) & self.single & (s > 0)
-        bottom = torch.cat([apart, edge & False]) & self.single & (s < 0)
-        from_top = top.flip(0).long().cumprod(0).flip(0).bool()
-        return from_top | bottom.long().cumprod(0).bool()
+        gap = torch.cat([torch.zeros(1, dtype=torch.float64), s.diff()])  # to the next node below
+        top = _beyond_a_gap(self.single & (s > 0), gap > self.width)
+        bottom = _beyond_a_gap((self.single & (s < 0)).flip(0), gap.roll(-1).flip(0) > self.width)
+        return top | bottom.flip(0)
 
     @property
     def outliers(self) -> Float[Tensor, " o"]:
@@ -146,6 +149,12 @@ class SpectralDensity(Result):
     __repr__ = Result.__str__
 
 
+def _beyond_a_gap(candidates: Tensor, gap: Tensor) -> Tensor:
+    """The last entries, all candidates, from the first of them that has a gap before it."""
+    run = candidates.flip(0).long().cumprod(0).flip(0).bool()
+    return (run & gap).long().cumsum(0).bool()
+
+
 def percent(share: Estimate) -> str:
     """A share with its standard error and, where it matters, its resolution; "none" when nothing was seen."""
     if share.value == 0:
@@ -168,9 +177,10 @@ def spectral_density(
     the resolution: about the range of the bulk divided by `steps`, finer at its ends. One step is one pass over the
     data. Memory: probes x steps vectors. An interrupt raises Interrupted with the density so far in `.result`.
 
+    >>> from curvature import Diagonal
     >>> density = spectral_density(Diagonal(torch.arange(1.0, 101.0)), probes=2, steps=10)
-    >>> density.weights.sum(1)
-    tensor([1., 1.], dtype=torch.float64)
+    >>> density.weights.shape
+    torch.Size([2, 20])
     """
     A = as_operator(A)
     measurement = Measurement(A, "spectral_density", options={"probes": probes, "steps": steps}, seed=seed, run=run)
@@ -178,8 +188,8 @@ def spectral_density(
         raise ValueError(f"spectral_density needs a symmetric operator, but got {A!r}.")
     if probes < 2 or steps < 1:
         raise ValueError(f"Expected probes >= 2 (for an error bar) and steps >= 1, but got {probes} and {steps}.")
+    krylov = Krylov(measurement, capacity=min(probes * steps, A.shape[0]))  # raises when memory will not do
     starts = A.domain.draw(probes, seed=seed, kind="sphere")
-    krylov = Krylov(measurement, capacity=min(probes * steps, A.shape[0]))
     krylov.start(starts)
     first = A.domain.inner(starts, krylov.frontier) / A.shape[0] ** 0.5  # (p, b) the probes in the first block
     done, largest = 0, 0.0

@@ -99,7 +99,7 @@ def _summed(measurement: Measurement) -> Estimate:
         total += columns[index - start, index].double().sum()
         square += float(A.domain.norms(columns).square().sum())
         measurement.report(int(index[-1]) + 1, n, f"trace {float(total):.5g}", unit="products")
-    return _exact(measurement, total, floor=A.domain.eps * square**0.5)
+    return _exact(measurement, total, floor=10 * A.domain.eps * square**0.5)
 
 
 def _deflated(measurement: Measurement, products: int, seed: int) -> Estimate:
@@ -107,29 +107,35 @@ def _deflated(measurement: Measurement, products: int, seed: int) -> Estimate:
     space = measurement.operator.domain
     third = min(products // 3, (products - 2) // 2)  # at least two samples are left for an error bar
     draws = space.draws(seed=seed)
-    images = [measurement.apply(rows) for rows in _blocks(draws, third)]
-    sketch = space.orthonormal(torch.cat([*images, space.draw(0, seed=seed)]))
-    return _averaged(measurement, products - third, sketch, draws)
+    images = [space.draw(0, seed=seed)]
+    for rows in _blocks(draws, third):
+        images.append(measurement.apply(rows))
+        measurement.report(measurement.products, products, "sketching the range", unit="products")
+    return _averaged(measurement, products, space.orthonormal(torch.cat(images)), draws)
 
 
 def _averaged(
     measurement: Measurement, products: int, sketch: Float[Tensor, "q n"], draws: Iterator[Tensor]
 ) -> Estimate:
-    """tr(Q A Q^T), exactly, plus the mean of z.Az over random z with the rows Q of `sketch` projected out."""
+    """tr(Q A Q^T), exactly, plus the mean of z.Az over random z with the rows Q of `sketch` projected out.
+
+    `products` in all, with those that the measurement has made already.
+    """
     space = measurement.operator.domain
     head, square = 0.0, 0.0
     for start in range(0, len(sketch), BLOCK):
         forms, norms = _forms(measurement, sketch[start : start + BLOCK])
         head, square = head + float(forms.sum()), square + float(norms.square().sum())
+        measurement.report(measurement.products, products, f"{head:.5g} on the sketch", unit="products")
     samples = torch.empty(0, dtype=torch.float64)
     try:
-        for rows in _blocks(draws, products - len(sketch)):
+        for rows in _blocks(draws, products - measurement.products):
             rows -= space.combine(space.inner(rows, sketch), sketch)
             forms, norms = _forms(measurement, rows)
             samples = torch.cat([samples, forms.cpu()])
             square += float(norms.square().mean())
-            done = len(sketch) + len(samples)
-            measurement.report(done, products, f"trace {head + float(samples.mean()):.5g}", unit="products")
+            note = f"trace {head + float(samples.mean()):.5g}"
+            measurement.report(measurement.products, products, note, unit="products")
     except KeyboardInterrupt as stop:
         if len(samples) < 2:
             raise
@@ -143,7 +149,7 @@ def _mean(measurement: Measurement, head: float, samples: Tensor, square: float,
         stderr=samples.std() / len(samples) ** 0.5,
         samples=len(samples),
         dof=len(samples) - 1,
-        floor=measurement.operator.domain.eps * square**0.5,
+        floor=10 * measurement.operator.domain.eps * square**0.5,
         complete=complete,
         cost=measurement.cost,
         origin=measurement.origin,

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 SYMMETRY = {torch.float32: 1e-3, torch.float64: 1e-8}  # healthy networks show 1e-5 and 1e-12
 DIFFERENCE = 1e-2  # products against differences of float64 gradients: healthy ones agree to 1e-6, wrong ones to 0.2
-STEPS = (1e-7, 1e-9, 1e-11, 1e-11)  # of these differences, relative to the norm of the parameters; see `_difference`
+STEPS = (1e-7, 1e-4, 1e-9, 1e-11, 1e-11)  # of these differences, relative to the norm of the parameters
 BESIDE = 1e-2  # how far from the parameters they are taken, likewise: a bias of zero may lie exactly on a kink
 ROUNDING = 100  # units by which what is equal may differ
 REFUSING = ("torch::autograd::Error", "torch::autograd::NotImplemented", "Error", "NotImplemented")
+CHECKPOINT = "torch.utils.checkpoint"  # in all its errors
 TWICE = ("derivative for", "differentiate twice", "double backward")
 
 
@@ -150,8 +151,9 @@ def _scan(grads: Sequence[Tensor]) -> None:
 def _difference(objective: Objective, batch: Any) -> float | None:
     """How far a Hessian product is from the central difference of gradients, relative to its norm, all in float64.
 
-    One step whose difference agrees is enough: a step may cross kinks, a wrong product agrees with none. None when the
-    model does not run in float64 (a float32 constant inside, say): then less is known. Raises BadObjective when no
+    One step whose difference agrees is enough: a long one may cross kinks, a short one sees nothing but rounding where
+    a model computes parts of itself in float32 whatever it is given, and a wrong product agrees with none. None when
+    the model does not run in float64 (a float32 constant inside, say): then less is known. Raises BadObjective when no
     difference agrees.
     """
     objective = objective.to(dtype=torch.float64)
@@ -162,29 +164,32 @@ def _difference(objective: Objective, batch: Any) -> float | None:
     center = center + BESIDE * scale * aside
     least = math.inf
     try:
-        products = _products(objective.at(center), batch, torch.stack(directions))
-        for step, direction, product in zip(STEPS, directions, products, strict=True):
-            h = step * scale
+        still = _gradient(objective.at(center), batch) == 0  # padding_idx: rows that matter, and are held fixed
+        for step, direction in zip(STEPS, directions, strict=True):
+            direction = direction.masked_fill(still, 0)
+            product, h = _product(objective.at(center), batch, direction), step * scale
             ahead, behind = (_gradient(objective.at(center + s * direction), batch) for s in (h, -h))
             measured = (ahead - behind) / (2 * h)
             size = max(_norm([measured]), _norm([product])) + ROUNDING / DIFFERENCE * space.eps * _norm([ahead]) / h
             least = min(least, _norm([measured - product]) / size if size else 0.0)
             if least <= DIFFERENCE:
                 return least
-    except Exception:
+    except Exception as error:
+        if CHECKPOINT in str(error):  # its second forward pass takes the module's own parameters, not those given
+            raise
         return None
     if math.isinf(least):  # nowhere finite beside the parameters
         return None
     raise BadObjective(
-        f"Second derivatives are wrong: a Hessian product of the first batch is {least:.1%} off the finite difference of "
-        "gradients.",
-        "Some backward is not differentiable itself: look for custom autograd Functions and detach().",
+        f"Second derivatives are wrong: a Hessian product of the first batch is {least:.1%} off the finite difference "
+        "of gradients.",
+        "Look for custom autograd Functions and detach(), and turn gradient checkpointing off.",
     )
 
 
-def _products(objective: Objective, batch: Any, rows: Tensor) -> Tensor:
+def _product(objective: Objective, batch: Any, row: Tensor) -> Tensor:
     with objective.context(), objective.randomness():
-        return hessian_rows(objective.space, *gradient_graph(objective, batch), rows)
+        return hessian_rows(objective.space, *gradient_graph(objective, batch), row[None])[0]
 
 
 def _gradient(objective: Objective, batch: Any) -> Tensor:
@@ -198,17 +203,22 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 
 
 def explained(error: Exception, number: int) -> CurvatureError:
-    """An error of the user's model or loss in batch `number`, or of torch about it, as a sentence of cause and a fix."""
+    """An error of the user's model or loss in batch `number`, or of torch about it, in our words."""
     if isinstance(error, CurvatureError):
         return error
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return TooLarge(
-            f"Batch {number} does not fit into memory.", "Use smaller batches, fewer vectors at once, or a larger machine."
+            f"Batch {number} does not fit into memory.", "Use smaller batches, fewer vectors, or a larger machine."
         )
     if any(words in str(error) for words in TWICE):
         return BadObjective(
             f"The model has no second derivatives: {one_line(error)}.",
             "Replace that layer or loss by plain torch operations (attention: the math or eager implementation).",
+        )
+    if CHECKPOINT in str(error):
+        return BadObjective(
+            f"The model uses gradient checkpointing, which repeats its forward passes: {one_line(error)}.",
+            "Turn it off: model.gradient_checkpointing_disable() in Hugging Face's models.",
         )
     return BadObjective(
         f"The model or the loss failed on batch {number}: {one_line(error)}.",

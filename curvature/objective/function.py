@@ -56,6 +56,12 @@ class OutputLoss:
                 f"The model returned {outputs.dtype} of shape {tuple(outputs.shape)}, which cannot be differentiated.",
                 "Return logits or predictions before argmax or thresholding.",
             )
+        inputs, _ = split(batch)
+        if isinstance(inputs, Mapping) and _unshifted(inputs.get("input_ids"), targets):
+            raise BadObjective(
+                "The labels are the input_ids, so that each position would be compared with its own token.",
+                "Shift the labels by one, or use Objective.from_loss with a loss that does, as m(**batch).loss.",
+            )
         self.loss.check(outputs, targets)
 
 
@@ -124,6 +130,14 @@ class _Bound(nn.Module):
         return self.function(self.module, batch)
 
 
+def _unshifted(ids: Any, labels: Any) -> bool:
+    """Whether labels are what Hugging Face's causal models take, which shift them inside: input_ids, or -100."""
+    if not (isinstance(ids, Tensor) and isinstance(labels, Tensor) and ids.shape == labels.shape):
+        return False
+    kept = labels != -100
+    return bool(kept.any() and (ids == labels)[kept].all())
+
+
 def _positional(inputs: Any) -> tuple[Any, ...]:
     return inputs if isinstance(inputs, tuple) else (inputs,)
 
@@ -146,7 +160,7 @@ def _tensor_of(outputs: Any) -> Tensor:
 
 
 def cast(tensors: Tensors, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Detached copies on `device`, floating-point ones in `dtype`, fit for autograd also where torch is in inference mode."""
+    """Detached copies on `device`, floating-point ones in `dtype`; of inference mode's tensors, too, for autograd."""
     with torch.inference_mode(False):
         return {
             name: t.detach().to(device, dtype if t.is_floating_point() else None, copy=True)

@@ -120,9 +120,13 @@ class Objective:
             frozen=cast(frozen, device, working),
             buffers=cast(dict(function.module.named_buffers()), device, working),
             batches=replace(batches, seed=seed),
-            mode=_valid(mode),
+            mode=mode,
             seed=seed,
         )
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("eval", "train"):
+            raise ValueError(f"mode is 'eval' or 'train', but got {self.mode!r}.")
 
     @cached_property
     def space(self) -> ParamSpace:
@@ -187,7 +191,7 @@ class Objective:
                 raise ValueError(f"Expected a flat vector of {space.size} numbers, but got {tuple(params.shape)}.")
             params = space.named(params)
         if {name: t.shape for name, t in params.items()} != dict(zip(space.names, space.shapes, strict=True)):
-            raise ValueError(f"Expected a tensor for each of {listing(space.names)}, of its shape; start from `.params`.")
+            raise ValueError(f"Expected a tensor for each of {listing(space.names)}, of its shape, as in `.params`.")
         return replace(self, params=cast({name: params[name] for name in space.names}, space.device, space.dtype))
 
     def on(self, data: Any, *, batch_size: int | None = BATCH) -> Objective:
@@ -201,7 +205,7 @@ class Objective:
 
     def in_mode(self, mode: Mode) -> Objective:
         """The same function in another mode, to be checked again."""
-        return replace(self, mode=_valid(mode), _health=[])
+        return replace(self, mode=mode, _health=[])
 
     def narrowed(self, select: Select) -> Objective:
         """The same function of fewer parameters, those `select` names; the others are held fixed."""
@@ -308,12 +312,6 @@ class Objective:
     def complete(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`tensors` and everything else the model computes with; buffers as copies that a call may write to."""
         return {**self.frozen, **{name: t.clone() for name, t in self.buffers.items()}, **tensors}
-
-
-def _valid(mode: Mode) -> Mode:
-    if mode not in ("eval", "train"):
-        raise ValueError(f"mode is 'eval' or 'train', but got {mode!r}.")
-    return mode
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

@@ -51,6 +51,7 @@ def save(objective: Objective, path: Path, *, data: str | Path | None = None) ->
     }
     buffer = io.BytesIO()
     torch.save(contents, buffer)
+    buffer.seek(0)
     if code := torch.serialization.get_unsafe_globals_in_checkpoint(buffer):
         raise BadObjective(
             f"The batches hold objects of {listing(code)}, which is code and not data.",
@@ -85,14 +86,14 @@ def load(
         frozen = {name: state[name] for name, _ in module.named_parameters() if name not in params}
         buffers = {name: state[name] for name, _ in module.named_buffers()}
         held = {name: t.shape for name, t in {**params, **frozen, **buffers}.items()}
-    except (KeyError, TypeError, AttributeError) as error:
+        objective = Objective(function, params, frozen, buffers, dataclasses.replace(batches, seed=seed), mode, seed)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadFile(
             f"{path} is not a complete objective: {error!r}.", "Write it again with objective.save."
         ) from error
     shapes = {name: t.shape for name, t in (*module.named_parameters(), *module.named_buffers())}
-    if held != shapes:
+    if held != shapes or not params:
         raise BadFile(f"The weights in {path} do not fit its architecture.", "Give the right one with --arch.")
-    objective = Objective(function, params, frozen, buffers, dataclasses.replace(batches, seed=seed), mode, seed)
     return objective if data is None else objective.on(data, batch_size=batch_size)
 
 
@@ -196,7 +197,7 @@ def _file_entry(objective: Objective, path: Path, data: Path) -> dict[str, Any]:
 
 def _batches(entry: dict[str, Any], path: Path) -> Batches:
     if "path" not in entry:
-        return Batches(entry["batches"], fixed=True)
+        return Batches(list(entry["batches"]), fixed=True)
     place = path.parent / entry["path"]
     if not place.is_file():
         raise BadFile(f"The data of {path} are missing: {place}.", "Put the file back, or give others with --data.")

@@ -1,0 +1,100 @@
+"""Real signals to a real process: what was measured is kept, the exit code says why it stopped, nothing is left half."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import curvature as cv
+
+RUN = "import sys, curvature_cli.output as o, curvature_cli.main as m; o.PATIENCE = 0.0; m.main(sys.argv[1:])"
+SIGNALS = pytest.mark.parametrize(
+    "sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+)
+PATIENCE = 10.0  # seconds until it must have ended, on a busy machine; alone it takes under one
+
+
+def interrupted(sent: signal.Signals, mark: str, *tokens: object) -> tuple[int, str, str]:
+    """Starts a command that reports every step, signals it after `mark` appeared on stderr: code, stdout, stderr."""
+    command = [sys.executable, "-c", RUN, *map(str, tokens)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            told = ""
+            while mark not in told:
+                line = process.stderr.readline()
+                assert line, told
+                told += line
+            process.send_signal(sent)
+            start = time.monotonic()
+            out, err = process.communicate(timeout=60)
+            assert time.monotonic() - start < PATIENCE
+            return process.returncode, out, told + err
+        finally:
+            process.kill()
+
+
+@SIGNALS
+def test_a_spectrum_keeps_the_steps_that_are_done(folder, sent, code):
+    done, out, err = interrupted(sent, "2/80 steps", "spectrum", "demo:hamlet", "--out", "run")
+    assert done == code
+    assert "Traceback" not in err and err.endswith("curv: interrupted: this is what was measured until then.\n")
+    result = cv.SpectralDensity.load("run")
+    assert not result.complete
+    assert 2 <= result.steps < 80 and result.cost.passes >= result.steps
+    assert f"8 x {result.steps} (interrupted)" in out
+    assert {path.name for path in Path("run").iterdir()} == {"result.json", "arrays.safetensors", "spectrum.png"}
+
+
+@pytest.mark.parametrize(
+    "tokens, mark",
+    [
+        (["eig", "-k", 3, "--rtol", 1e-30, "--max-steps", 5000, "--params", "*.weight"], "4/5000 steps"),
+        (["trace", "--products", 3000, "--method", "hutchinson"], "32/3000 products"),
+    ],
+    ids=["eig", "trace"],
+)
+def test_other_questions_keep_what_they_have(folder, tokens, mark):
+    command, *options = tokens
+    done, out, err = interrupted(
+        signal.SIGINT, mark, command, "demo:digits", *options, "--out", "run", "--format", "json"
+    )
+    assert done == 130
+    assert "Traceback" not in err
+    assert '"complete": false' in out
+    assert not cv.Result.load("run").complete
+
+
+@SIGNALS
+def test_before_there_is_anything_to_keep(folder, sent, code):
+    Path("slow.py").write_text("import sys, time\nprint('loading', file=sys.stderr, flush=True)\ntime.sleep(60)\n")
+    done, out, err = interrupted(sent, "loading", "spectrum", "--objective", "./slow.py:make", "--out", "run")
+    assert (done, out) == (code, "")
+    assert err == "loading\ncurv: interrupted before there was anything to keep.\n"
+    assert not Path("run").exists()
+
+
+def test_inside_the_model(folder):
+    """Also where user code runs: the model's forward, in the middle of the data."""
+    Path("slow.py").write_text(
+        "import sys, time, torch, task\n"
+        "class Slow(task.Net):\n"
+        "    calls = 0\n"
+        "    def forward(self, x):\n"
+        "        Slow.calls += 1\n"
+        "        if Slow.calls > 60:\n"
+        "            print('forward', file=sys.stderr, flush=True)\n"
+        "            time.sleep(60)\n"
+        "        return super().forward(x)\n"
+        "def make():\n"
+        "    return task.cv.Objective.of(Slow(hidden=40), 'cross-entropy', task.data(), batch_size=2)\n"
+    )
+    tokens = ("spectrum", "--objective", "./slow.py:make", "--steps", 20, "--probes", 2, "--out", "run")
+    done, _, err = interrupted(signal.SIGINT, "forward", *tokens)
+    assert done == 130 and "Traceback" not in err
+    result = cv.SpectralDensity.load("run")
+    assert not result.complete and 0 < result.steps < 20

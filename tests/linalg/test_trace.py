@@ -1,0 +1,272 @@
+"""Traces: exact where they are said to be, else with the variance of the theory and an error bar that holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from matrices import Stopping, free, linspace, rotated, tensor
+
+import curvature as cv
+
+METHODS = pytest.mark.parametrize("method", ["hutchinson", "hutch++"])
+
+N = 120
+SPECTRA = {
+    "flat": linspace(1, 3, N),
+    "polynomial": 1 / torch.arange(1, N + 1, dtype=torch.float64) ** 2,
+    "exponential": 10 ** linspace(0, -8, N),
+    "one spike": torch.cat([tensor(100), linspace(0, 1, N - 1)]),
+    "near-cancelling": torch.cat([linspace(-2, -1, N // 2), linspace(1, 2.02, N // 2)]),
+}
+FIGURES = Path(__file__).parents[2] / "benchmarks" / "results" / "trace_coverage.json"
+
+
+def exact(matrix: torch.Tensor) -> float:
+    return float(matrix.double().diagonal().sum())
+
+
+def inside(estimate: cv.Estimate, truth: float, level: float = 0.95) -> bool:
+    low, high = estimate.interval(level)
+    return bool(low <= truth <= high)
+
+
+@pytest.mark.parametrize(
+    "A, value",
+    [
+        (cv.Diagonal(tensor(1, -2, 4)), 3.0),
+        (cv.Diagonal(torch.tensor([1e8, 1.0, -1e8])), 1.0),  # float32 entries, added in float64
+        (cv.Dense(torch.arange(9.0).view(3, 3)), 12.0),  # not symmetric
+        (cv.Identity(cv.Space(1000)), 1000.0),
+    ],
+    ids=["diagonal", "diagonal-float32", "dense", "identity"],
+)
+def test_structure_makes_the_trace_exact_and_free(A, value):
+    estimate = cv.trace(A)
+    assert float(estimate) == value and float(estimate.stderr) == 0
+    assert (estimate.samples, estimate.dof, estimate.cost.products) == (0, 0, 0)
+    assert [float(bound) for bound in estimate.interval()] == [value, value]
+
+
+@pytest.mark.parametrize("products", [40, 41, 1000])
+@METHODS
+def test_as_many_products_as_rows_give_the_exact_trace(method, products):
+    matrix = rotated(linspace(-1, 3, 40))
+    estimate = cv.trace(free(matrix), products=products, method=method)
+    assert float(estimate) == pytest.approx(exact(matrix), rel=1e-13)
+    assert (estimate.cost.products, estimate.dof, estimate.samples, float(estimate.stderr)) == (40, 0, 0, 0)
+    assert "(exact)" in str(estimate)
+
+
+@METHODS
+@pytest.mark.parametrize("name", SPECTRA)
+def test_the_truth_is_in_the_wide_interval_and_the_interval_is_not_absurd(name, method):
+    matrix = rotated(SPECTRA[name])
+    frobenius = float(matrix.norm())
+    for seed in range(10):
+        estimate = cv.trace(free(matrix), products=33, method=method, seed=seed)
+        assert inside(estimate, exact(matrix), 0.9999)
+        assert float(estimate.stderr) < 3 * (2 / estimate.samples) ** 0.5 * frobenius
+        assert estimate.cost.products == 33
+
+
+def test_hutchinson_has_the_variance_of_the_formula():
+    """One sample has variance 2 (|A|^2 - sum of squared diagonal entries); mean of 400 x 32 of them to 2 %."""
+    matrix = rotated(torch.cat([tensor(5, -4), linspace(-1, 1, 38)]))
+    variance = 2 * float(matrix.square().sum() - matrix.diagonal().square().sum())
+    estimates = [cv.trace(free(matrix), products=32, method="hutchinson", seed=seed) for seed in range(400)]
+    reported = torch.stack([e.stderr.square() for e in estimates]).mean() * 32
+    assert float(reported) == pytest.approx(variance, rel=0.06)
+    errors = torch.stack([e.value for e in estimates]) - exact(matrix)
+    assert float(errors.square().mean()) * 32 == pytest.approx(variance, rel=0.2)
+    assert abs(float(errors.mean())) < 4 * (variance / 32 / 400) ** 0.5
+
+
+def test_hutchinson_is_exact_for_a_diagonal_matrix():
+    entries = torch.randn(50, dtype=torch.float64)
+    A = cv.MatrixFree(lambda rows: rows * entries, cv.Space(50, torch.float64))
+    estimate = cv.trace(A, products=4, method="hutchinson")
+    assert float(estimate) == pytest.approx(float(entries.sum()), abs=1e-13)
+    assert float(estimate.stderr) < 1e-14
+
+
+def test_hutchinson_halves_its_error_for_four_times_the_products():
+    matrix = rotated(SPECTRA["near-cancelling"])
+    few, many = (
+        torch.tensor([float(cv.trace(free(matrix), products=k, method="hutchinson", seed=s).stderr) for s in range(40)])
+        for k in (20, 80)
+    )
+    assert float(few.mean() / many.mean()) == pytest.approx(2, rel=0.1)
+
+
+def coverage(name: str, method: str, *, products: int, seeds: int) -> float:
+    matrix = rotated(SPECTRA[name])
+    estimates = (cv.trace(free(matrix), products=products, method=method, seed=seed) for seed in range(seeds))
+    return sum(inside(estimate, exact(matrix)) for estimate in estimates) / seeds
+
+
+@METHODS
+def test_the_95_percent_interval_holds_the_truth_as_often_as_it_says(method):
+    assert 0.90 <= coverage("polynomial", method, products=32, seeds=200) <= 0.99
+
+
+@pytest.mark.slow
+def test_coverage_table():
+    """Every spectrum, both methods, 600 seeds: a true 95 % would be seen within 0.932 and 0.967 (two sigma)."""
+    table = {
+        f"{name}, {method}": coverage(name, method, products=32, seeds=600)
+        for name in SPECTRA
+        for method in ("hutchinson", "hutch++")
+    }
+    FIGURES.parent.mkdir(parents=True, exist_ok=True)
+    FIGURES.write_text(json.dumps({"level": 0.95, "products": 32, "seeds": 600, "size": N, "coverage": table}, indent=1))
+    print(json.dumps(table, indent=1))  # noqa: T201
+    for row, share in table.items():
+        assert 0.90 <= share <= 0.99, row
+
+
+def test_hutch_plus_plus_is_far_better_when_few_eigenvalues_carry_the_trace():
+    matrix = rotated(torch.cat([tensor(100, 50, 20, 10, -30), linspace(0, 1, N - 5)]))
+    plain, deflated = (
+        cv.trace(free(matrix), products=48, method=method, seed=1) for method in ("hutchinson", "hutch++")
+    )
+    assert float(deflated.stderr) < float(plain.stderr) / 10
+    assert cv.trace(free(matrix), products=48, seed=1).value == deflated.value  # and it is the default
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("values", [(1,), (5, 3, -2, 0.1)], ids=["rank-one", "rank-four"])
+def test_a_low_rank_operator_is_summed_to_rounding(values, dtype):
+    """The sketch has the whole range: what is left is rounding, and `floor` covers that."""
+    matrix = rotated(torch.cat([tensor(*values), torch.zeros(N - len(values), dtype=torch.float64)])).to(dtype)
+    for seed in range(30):
+        estimate = cv.trace(free(matrix), products=24, seed=seed)
+        assert inside(estimate, exact(matrix))
+        assert float(estimate.stderr) + estimate.floor < 100 * torch.finfo(dtype).eps * sum(map(abs, values))
+        assert estimate.cost.products == 24  # what the sketch did not need went into samples
+
+
+def test_the_zero_operator_has_trace_zero():
+    estimate = cv.trace(free(torch.zeros(50, 50, dtype=torch.float64)), products=12)
+    assert [float(x) for x in (estimate.value, estimate.stderr, estimate.floor)] == [0, 0, 0]
+
+
+@METHODS
+@pytest.mark.parametrize("products, deflated", [(2, 2), (3, 3), (4, 2), (5, 3), (6, 2)])
+def test_few_products_leave_at_least_two_samples(method, products, deflated):
+    matrix = rotated(SPECTRA["flat"])
+    estimate = cv.trace(free(matrix), products=products, method=method)
+    assert estimate.samples == (deflated if method == "hutch++" else products)
+    assert estimate.dof == estimate.samples - 1
+    assert estimate.cost.products == products
+    assert inside(estimate, exact(matrix), 0.9999)
+
+
+@pytest.mark.parametrize("products", [6, 20, 33, 100])
+def test_hutch_plus_plus_uses_all_its_products(products):
+    estimate = cv.trace(free(rotated(SPECTRA["flat"])), products=products, method="hutch++")
+    third = min(products // 3, (products - 2) // 2)
+    assert (estimate.cost.products, estimate.samples) == (products, products - 2 * third)
+
+
+@METHODS
+def test_float32_agrees_with_float64_within_the_error_bar(method):
+    matrix = rotated(SPECTRA["one spike"])
+    low, high = (
+        cv.trace(free(matrix.to(dtype)), products=30, method=method, seed=4) for dtype in (torch.float32, torch.float64)
+    )
+    assert low.value.dtype == low.stderr.dtype == torch.float64
+    assert abs(float(low) - float(high)) < low.floor < 1e-3
+    assert inside(low, exact(matrix), 0.9999)
+
+
+def test_an_operator_that_is_not_symmetric_has_a_trace():
+    matrix = rotated(SPECTRA["flat"])
+    matrix = matrix + torch.triu(torch.randn(N, N, dtype=torch.float64))
+    for method in ("hutchinson", "hutch++"):
+        estimate = cv.trace(cv.MatrixFree(lambda rows: rows @ matrix.T, cv.Space(N, torch.float64)), method=method)
+        assert inside(estimate, exact(matrix), 0.9999)
+
+
+@METHODS
+def test_the_estimate_scales_with_the_operator(method):
+    matrix = rotated(SPECTRA["near-cancelling"])
+    one = cv.trace(free(matrix), method=method)
+    for scale in (2.0**40, 2.0**-40):
+        other = cv.trace(free(matrix * scale), method=method)
+        assert float(other) == pytest.approx(scale * float(one), rel=1e-12)
+        assert float(other.stderr) == pytest.approx(scale * float(one.stderr), rel=1e-9)
+
+
+@METHODS
+def test_a_seed_gives_the_same_bits(method):
+    A = free(rotated(SPECTRA["flat"]))
+    first, again, other = (cv.trace(A, method=method, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(first.value, again.value) and torch.equal(first.stderr, again.stderr)
+    assert not torch.equal(first.value, other.value)
+    assert first.origin.seed == 3 and first.origin.options == {"products": 32, "method": method}
+
+
+@METHODS
+def test_an_interrupt_returns_the_mean_so_far(method):
+    matrix = rotated(SPECTRA["flat"])
+    A = free(matrix)
+    A.function = Stopping(8 if method == "hutch++" else 3, A.function)
+    with pytest.raises(cv.Interrupted) as stop:
+        cv.trace(A, products=118, method=method)
+    estimate = stop.value.result
+    assert isinstance(stop.value, KeyboardInterrupt) and not estimate.complete
+    assert 2 <= estimate.samples < 118 and estimate.dof == estimate.samples - 1
+    assert inside(estimate, exact(matrix), 0.9999)
+
+
+@METHODS
+def test_an_interrupt_before_the_second_sample_has_nothing_to_return(method):
+    A = free(rotated(SPECTRA["flat"]))
+    A.function = Stopping(0, A.function)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        cv.trace(A, products=60, method=method)
+    assert not isinstance(stop.value, cv.Interrupted)
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+@METHODS
+def test_nan_is_refused_whenever_it_comes(method, after):
+    matrix, calls = rotated(SPECTRA["flat"]), []
+
+    def product(rows):
+        calls.append(len(rows))
+        return rows @ matrix * (float("nan") if len(calls) > after else 1.0)
+
+    A = cv.MatrixFree(product, cv.Space(N, torch.float64), symmetric=True)
+    with pytest.raises(cv.NonFinite, match="entries that are not finite"):
+        cv.trace(A, products=100, method=method)
+
+
+@pytest.mark.parametrize("products", [32, 1000])
+@METHODS
+def test_progress_counts_every_product_up_to_the_last(method, products):
+    seen: list[cv.Progress] = []
+    estimate = cv.trace(
+        free(rotated(SPECTRA["flat"])), products=products, method=method, run=cv.Run(progress=seen.append)
+    )
+    done = [progress.done for progress in seen]
+    assert done == sorted(done) and done[0] <= 16
+    assert done[-1] == seen[-1].total == estimate.cost.products == min(products, N)
+    assert {(progress.question, progress.unit) for progress in seen} == {("trace", "products")}
+    assert seen[-1].note == f"trace {float(estimate):.5g}"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"products": 1}, "An error bar needs at least 2 products, but got products=1."),
+        ({"products": 0}, "An error bar needs at least 2 products, but got products=0."),
+        ({"method": "xtrace"}, r"method is 'auto', 'hutchinson' or 'hutch\+\+', but got 'xtrace'."),
+    ],
+)
+def test_options_without_sense_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        cv.trace(free(rotated(SPECTRA["flat"])), **options)
