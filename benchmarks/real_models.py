@@ -164,11 +164,11 @@ def arpack(case: MiniLM | Fracast, folder: Path) -> dict[str, Any]:
     }
 
 
-def differences(plain: Plain, rows: Tensor) -> Tensor:
-    """The Hessian times each unit row: (g(w + h v) - g(w - h v)) / 2h with h = STEP |w|."""
+def differences(plain: Plain, rows: Tensor, *, step: float = STEP) -> Tensor:
+    """The Hessian times each unit row: (g(w + h v) - g(w - h v)) / 2h with h = `step` |w|."""
     shapes = [p.shape for p in plain.params]
     start = [p.detach().clone() for p in plain.params]
-    h = STEP * float(torch.cat([p.reshape(-1) for p in start]).norm())
+    h = step * float(torch.cat([p.reshape(-1) for p in start]).norm())
 
     def gradient(shift: Tensor) -> Tensor:
         pieces = shift.split([shape.numel() for shape in shapes])

@@ -53,8 +53,7 @@ def _raise_naming(path: str | os.PathLike[str], temporary: Path, error: Exceptio
         raise TooLarge(
             f"No space is left on the disk to write {path}.", "Free some space, or choose another folder."
         ) from error
-    ours = isinstance(error, OSError) and error.filename in (None, str(temporary))
-    if ours and error.errno is not None:
+    if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(temporary)):
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 

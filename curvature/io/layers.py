@@ -86,7 +86,7 @@ def make_layer(name: str, arguments: Mapping[str, Any], *, device: str) -> nn.Mo
     for key, value in arguments.items():
         if key not in known or not _is_plain(value) or (key == "dtype" and str(value) not in _DTYPES):
             raise BadFile(f"{name} takes no {printable(key)}={printable(repr(value))}.")
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()}
     if "dtype" in known:
         values |= {"dtype": _DTYPES[values.get("dtype", "float32")], "device": device}
     try:

@@ -126,7 +126,8 @@ class SpectralDensity(Result):
     @property
     def negative(self) -> Estimate:
         """The share of eigenvalues that are negative beyond the noise floor."""
-        share = self.cdf(torch.tensor([-self.floor], dtype=torch.float64))
+        below = math.nextafter(-self.floor, -math.inf)  # of a zero matrix the floor is zero too
+        share = self.cdf(torch.tensor([below], dtype=torch.float64))
         resolution = torch.as_tensor(share.floor).max()
         return replace(share, value=share.value[0], stderr=share.stderr[0], floor=float(resolution))
 

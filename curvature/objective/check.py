@@ -57,7 +57,7 @@ def examine(objective: Objective) -> Health:
             )
     batch = _first_batch(objective)
     try:
-        with objective.context() as rewrites:
+        with objective.context() as rewrites, objective.randomness():
             objective.function.check(objective.complete(objective.params), batch)
             _check_value(objective, batch)
             unused = _probe(objective, batch)

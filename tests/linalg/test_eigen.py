@@ -156,7 +156,9 @@ def test_float32_reaches_relative_residuals_of_1e_4(name, which):
     check(free(matrix), matrix, pairs, 2, ulp=1e-7)
     assert pairs.vectors.dtype == torch.float32 and pairs.values.dtype == pairs.residuals.dtype == torch.float64
     top = float(matrix.double().norm())
-    assert (pairs.residuals <= torch.maximum(1e-4 * pairs.values.abs(), torch.tensor(2e-6 * top)))[pairs.converged].all()
+    assert (pairs.residuals <= torch.maximum(1e-4 * pairs.values.abs(), torch.tensor(2e-6 * top)))[
+        pairs.converged
+    ].all()
     truth = expected(torch.linalg.eigvalsh(matrix.double()), 2, which)
     torch.testing.assert_close(pairs.values[pairs.converged], truth[pairs.converged], rtol=1e-6, atol=1e-6 * top)
     if which != "smallest":
@@ -188,7 +190,8 @@ def test_few_steps_return_pairs_that_are_marked_as_not_converged(which):
 @pytest.mark.parametrize("max_steps, made", [(0, 0), (1, 4), (2, 8)])
 def test_fewer_directions_than_pairs_is_an_error(max_steps, made):
     with pytest.raises(
-        cv.NotConverged, match=f"{max_steps} steps made {made} directions, fewer than the k = 9 asked for. Raise max_steps"
+        cv.NotConverged,
+        match=f"{max_steps} steps made {made} directions, fewer than the k = 9 asked for. Raise max_steps",
     ):
         cv.eigsh(free(rotated(SPECTRA["bulk"])), 9, max_steps=max_steps)
 
@@ -239,7 +242,9 @@ def test_an_operator_that_changes_between_products_is_found_out():
 
     def product(rows):
         count[0] += 1
-        return rows @ matrix + 1e-4 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(count[0])).double()
+        return (
+            rows @ matrix + 1e-4 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(count[0])).double()
+        )
 
     with pytest.raises(ValueError, match="not symmetric"):
         cv.eigsh(cv.MatrixFree(product, cv.Space(100, torch.float64), symmetric=True))

@@ -317,7 +317,9 @@ def test_adding_to_a_multiple_of_the_identity_shifts_the_spectrum():
     close(cv.eigsh(damped, 2).values, 2 + values.flip(0)[:2], rtol=1e-9)
 
 
-LEAVES = st.sampled_from(["dense", "dense-symmetric", "dense-psd", "diagonal", "diagonal-psd", "identity", "matrix-free"])
+LEAVES = st.sampled_from(
+    ["dense", "dense-symmetric", "dense-psd", "diagonal", "diagonal-psd", "identity", "matrix-free"]
+)
 
 
 def grow(parts):

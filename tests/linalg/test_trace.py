@@ -121,7 +121,9 @@ def test_coverage_table():
         for method in ("hutchinson", "hutch++")
     }
     FIGURES.parent.mkdir(parents=True, exist_ok=True)
-    FIGURES.write_text(json.dumps({"level": 0.95, "products": 32, "seeds": 600, "size": N, "coverage": table}, indent=1))
+    FIGURES.write_text(
+        json.dumps({"level": 0.95, "products": 32, "seeds": 600, "size": N, "coverage": table}, indent=1)
+    )
     print(json.dumps(table, indent=1))  # noqa: T201
     for row, share in table.items():
         assert 0.90 <= share <= 0.99, row

