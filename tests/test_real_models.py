@@ -21,7 +21,7 @@ from torch import Tensor
 import curvature as cv
 
 sys.path.insert(0, str(real_models.HERE / "tasks"))
-import silero  # noqa: E402
+import silero
 
 pytestmark = [
     pytest.mark.slow,
