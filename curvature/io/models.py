@@ -77,7 +77,7 @@ def _stock_or_refuse(path: Path, kind: FileKind) -> nn.Module:
 def _hugging_face(folder: Path) -> nn.Module:
     """The model of a Hugging Face folder, of the class its config names; never code from the folder itself."""
     try:
-        import transformers
+        import transformers  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise BadFile(
             f"{folder} is a Hugging Face folder, and transformers is not installed.",
