@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -60,7 +60,7 @@ class Plain:
     """A float64 model and its loss as a script without curvature would write them, and the parameters that vary."""
 
     loss: Callable[[], Tensor]
-    params: list[nn.Parameter]
+    params: Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,8 @@ def failures(figures: Mapping[str, Any]) -> list[str]:
 def machine() -> dict[str, Any]:
     """What decides about the seconds and the last digits."""
     return {
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "load before": round(os.getloadavg()[0], 1),
         "threads": torch.get_num_threads(),
         "processor": platform.machine(),
         "torch": torch.__version__,

@@ -38,6 +38,7 @@ def _facts(path: Path) -> dict[str, Any]:
 
 def _table(path: Path, facts: dict[str, Any]) -> str:
     tensors = facts["tensors"]
+    width = max((len(t["name"]) for t in tensors[:SHOWN]), default=0)
     lines = [
         f"file        {path}",
         f"kind        {facts['kind']}",
@@ -46,7 +47,7 @@ def _table(path: Path, facts: dict[str, Any]) -> str:
         f"runs code   {', '.join(facts['code']) or 'no'}",
         *(f"note        {note}" for note in facts["notes"]),
         "",
-        *(f"  {t['name']:<48} {t['dtype']:<10} {tuple(t['shape'])}" for t in tensors[:SHOWN]),
+        *(f"  {t['name']:<{width}} {t['dtype']:<10} {tuple(t['shape'])}" for t in tensors[:SHOWN]),
     ]
     more = len(tensors) - SHOWN
     return "\n".join([*lines, f"  ... and {more} more (--format json)"] if more > 0 else lines)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import curvature as cv
+from curvature.io.models import read_module
 
 sys.path.insert(0, str(real_models.HERE / "tasks"))
 import silero
@@ -35,7 +37,7 @@ def need(*packages: str) -> None:
     """Skip the test unless all are installed."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        pytest.skip(f"needs {', '.join(missing)}: pip install 'curvature-toolkit[real]'")
+        pytest.skip(f"{', '.join(missing)} not installed")
 
 
 @pytest.fixture(scope="module", params=real_models.CASES, ids=str)
@@ -61,22 +63,52 @@ class TestTorchScript:
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 4 and "--trust" in done.stderr
 
-    def test_eigenpairs_agree_with_differences_of_gradients(self, tmp_path):
+    def test_eigenpairs_agree_with_differences_of_gradients_of_the_network_written_out(self, tmp_path):
         need("silero_vad")
         eig = real_models.curv_eig(self.arguments(tmp_path), tmp_path / "out")
-        model, data = torch.jit.load(silero.file()), load_file(tmp_path / "sounds.safetensors")
-        plain = real_models.Plain(
-            lambda: silero.false_alarm(model, data), [p for p in model.parameters() if p.requires_grad]
-        )
-        products = real_models.differences(plain, eig.vectors, step=1e-3)  # the model knows float32 only
-        values = torch.tensor(eig.result["values"])
-        quotients = (products * eig.vectors).sum(1)
-        torch.testing.assert_close(quotients, values.double(), rtol=3e-3, atol=0, check_dtype=False)
+        values, vectors = torch.tensor(eig.result["values"], dtype=torch.float64), eig.vectors.double()
+        loss, params = written_out(load_file(tmp_path / "sounds.safetensors")["sound"].double())
+        products = real_models.differences(real_models.Plain(loss, list(params.values())), self.used(vectors))
+        torch.testing.assert_close(products, values[:, None] * self.used(vectors), rtol=0, atol=1e-4 * float(values[0]))
+        assert float(vectors.norm()) == pytest.approx(float(self.used(vectors).norm()))  # the 8 kHz branch is flat
+
+    def used(self, vectors: Tensor) -> Tensor:
+        """The half of the vectors that belongs to the 16 kHz branch, whose parameters come first."""
+        return vectors[:, : vectors.shape[1] // 2]
 
     def arguments(self, folder: Path) -> list[str]:
         data = silero.write_sounds(folder / "sounds.safetensors")
         task = real_models.HERE / "tasks" / "silero.py"
         return [str(silero.file()), "--trust", "--loss", f"{task}:false_alarm", "--data", str(data)]
+
+
+def written_out(sound: Tensor) -> tuple[Callable[[], Tensor], dict[str, Tensor]]:
+    """The loss of Silero's 16 kHz branch in float64 without TorchScript, as silero_vad/tinygrad_model.py has it."""
+    model = torch.jit.load(silero.file())._model
+    w = {name: t.detach().double() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    params = {name: w[name].requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
+    cell = [w[f"decoder.rnn.{name}"] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+
+    def step(x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        waves = F.conv1d(F.pad(x, (0, 64), "reflect").unsqueeze(1), w["stft.forward_basis_buffer"], stride=128)
+        x = (waves[:, :129].square() + waves[:, 129:].square()).sqrt()
+        for i, stride in enumerate((1, 2, 2, 1)):
+            kernel, bias = (w[f"encoder.{i}.reparam_conv.{name}"] for name in ("weight", "bias"))
+            x = F.conv1d(x, kernel, bias, stride, padding=1).relu()
+        h, c = torch.lstm_cell(x.squeeze(-1), state, *cell)
+        logit = F.conv1d(h.relu().unsqueeze(-1), w["decoder.decoder.2.weight"], w["decoder.decoder.2.bias"])
+        return logit.sigmoid().squeeze(-1), (h, c)
+
+    def loss() -> Tensor:
+        state = (sound.new_zeros(len(sound), 128),) * 2
+        context, speech = sound.new_zeros(len(sound), 64), []
+        for window in sound.unbind(1):
+            p, state = step(torch.cat([context, window], 1), state)
+            context = window[:, -64:]
+            speech.append(p)
+        return -torch.log1p(-torch.stack(speech)).mean()
+
+    return loss, params
 
 
 class TestSequenceClassification:
@@ -98,6 +130,19 @@ class TestSequenceClassification:
         model = BertForSequenceClassification.from_pretrained(tmp_path / "bert", attn_implementation="eager")
         exact = largest_of_ggn(model.double().eval(), tokens, mask)
         torch.testing.assert_close(torch.tensor(eig.result["values"], dtype=torch.float64), exact, rtol=1e-5, atol=0)
+
+    def test_weights_that_the_folder_lacks_are_named_and_the_same_every_time(self, tmp_path):
+        need("transformers")
+        from transformers import BertConfig, BertForSequenceClassification
+
+        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+        BertForSequenceClassification(BertConfig(vocab_size=11, **sizes)).save_pretrained(tmp_path)
+        weights = tmp_path / "model.safetensors"
+        held = {name: t for name, t in load_file(weights).items() if not name.startswith("classifier")}
+        save_file(held, weights, metadata={"format": "pt"})
+        (first, notes), (second, _) = read_module(tmp_path), read_module(tmp_path)
+        assert len(notes) == 1 and "lacks 2 tensors" in notes[0] and "classifier.weight" in notes[0]
+        assert torch.equal(first.classifier.weight, second.classifier.weight)
 
 
 def largest_of_ggn(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:

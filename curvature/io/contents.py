@@ -77,4 +77,5 @@ def _folder(path: Path) -> tuple[dict[str, Tensor], list[str], list[str]]:
     state: dict[str, Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
         state.update(read_tensors(file))
-    return state, [f"architecture {printable(str(config.get('architectures')))}"], []
+    named = config.get("architectures") or ["not named"]
+    return state, [f"architecture {printable(', '.join(map(str, named)))}"], []

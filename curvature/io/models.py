@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
-from curvature.errors import BadFile, UnsafeFile, printable
+from curvature.errors import BadFile, UnsafeFile, listing, printable
 from curvature.io.architecture import load_stock
 from curvature.io.recognise import FileKind, pickle_globals, recognise
 from curvature.io.weights import load_into, load_trusted, read_tensors, read_trusted, state_dict_of
@@ -32,7 +35,7 @@ def read_module(
     path = Path(path)
     kind = recognise(path)
     if kind is FileKind.HUGGING_FACE:
-        return _hugging_face(path), []
+        return _hugging_face(path)
     if kind in WEIGHTS and not (kind is FileKind.LEGACY and arch is None):
         return _with_weights(path, kind, arch, trust, allow)
     if arch is not None and kind is not FileKind.DCP:
@@ -74,7 +77,7 @@ def _stock_or_refuse(path: Path, kind: FileKind) -> nn.Module:
     )
 
 
-def _hugging_face(folder: Path) -> nn.Module:
+def _hugging_face(folder: Path) -> tuple[nn.Module, list[str]]:
     """The model of a Hugging Face folder, of the class its config names; never code from the folder itself."""
     try:
         import transformers  # pyright: ignore[reportMissingImports]
@@ -87,10 +90,32 @@ def _hugging_face(folder: Path) -> nn.Module:
         names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or ["AutoModel"]
         known = isinstance(names[0], str) and hasattr(transformers, names[0])
         make = getattr(transformers, names[0] if known else "AutoModel")
-        return make.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        with _quietly(transformers), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # for what the folder lacks
+            module, found = make.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False, output_loading_info=True
+            )
     except (OSError, ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
         first = printable((str(error).strip().splitlines() or [type(error).__name__])[0])
         raise BadFile(
             f"{folder} cannot be loaded as a Hugging Face model: {first}",
             "Check that the folder is whole, or pass --objective ./file.py:NAME that builds the model.",
         ) from error
+    missing = sorted(found["missing_keys"])
+    drawn = f"{folder} lacks {len(missing)} tensors of {names[0]}, which were drawn at random: {listing(missing)}"
+    return module, [drawn] if missing else []
+
+
+@contextmanager
+def _quietly(transformers: Any) -> Iterator[None]:
+    """Context without transformers' progress bar and report: what matters in it is said by whoever calls."""
+    logging = transformers.utils.logging
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

@@ -46,12 +46,12 @@ class SpectralDensity(Result):
         `function` maps the nodes (d,) to (..., d); the estimate has the leading shape.
         """
         values = function(self.nodes) @ self.weights.T
-        probes = len(self.weights)
+        probes = 0 if self.single.all() else len(self.weights)  # all eigenvalues were counted: nothing is random
         return Estimate(
             value=values.mean(-1),
-            stderr=values.std(-1) / probes**0.5,
+            stderr=values.std(-1) / probes**0.5 if probes else torch.zeros_like(values[..., 0]),
             samples=probes,
-            dof=probes - 1,
+            dof=max(0, probes - 1),
             cost=self.cost,
             origin=self.origin,
         )
@@ -261,7 +261,7 @@ def _with_exact_mass(weights: Tensor, single: Tensor, size: int) -> Tensor:
     Conditional on the found eigenvectors the rest of a probe is uniform on their complement, so the mean stays
     unbiased, and the large and random masses of outliers leave the error bar.
     """
-    exact = (single.double() / size).expand_as(weights)
+    exact = (single.double() / size).repeat(len(weights), 1)
     rest = torch.where(single, 0.0, weights)
     mass = rest.sum(1, keepdim=True)
     left = 1 - float(single.sum()) / size

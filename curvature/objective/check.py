@@ -8,12 +8,14 @@ ten gradients, this finds them.
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils import checkpoint
 
 from curvature.errors import BadObjective, CurvatureError, NonFinite, TooLarge, one_line
 from curvature.objective.batches import moved
@@ -60,8 +62,10 @@ def examine(objective: Objective) -> Health:
         with objective.context() as rewrites, objective.randomness():
             objective.function.check(objective.complete(objective.params), batch)
             _check_value(objective, batch)
-            unused = _probe(objective, batch)
+            unused, asymmetry = _probe(objective, batch)
         difference = _difference(objective, batch)
+        if asymmetry:
+            raise _asymmetric(asymmetry, objective.space.dtype, verified=difference is not None)
     except Exception as error:  # models and losses can raise anything
         raise explained(error, 1) from error
     return Health(dict(rewrites), unused, difference)
@@ -96,8 +100,8 @@ def _check_value(objective: Objective, batch: Any) -> None:
         )
 
 
-def _probe(objective: Objective, batch: Any) -> tuple[str, ...]:
-    """The unused parameters; raises when gradients are not finite, or the Hessian of the batch is not symmetric."""
+def _probe(objective: Objective, batch: Any) -> tuple[tuple[str, ...], float]:
+    """The unused parameters, and how far the Hessian of the batch is from symmetric, 0 where rounding explains it."""
     space = objective.space
     with objective.randomness():
         leaves, grads = gradient_graph(objective, batch)
@@ -115,12 +119,26 @@ def _probe(objective: Objective, batch: Any) -> tuple[str, ...]:
     forms = space.inner(rows, products)
     gap, size = float((forms[0, 1] - forms[1, 0]).abs()), float(space.norms(products).sum())
     noise = ROUNDING * space.eps * _norm(g.detach() for g in grads if g is not None) * space.size**0.5
-    if gap > SYMMETRY[space.dtype] * size + noise:
-        raise BadObjective(
-            f"Second derivatives are wrong: the Hessian of the first batch is not symmetric, by {gap / size:.1%}.",
+    unused = tuple(name for name, g in zip(leaves, grads, strict=True) if g is None)
+    return unused, gap / size if gap > SYMMETRY[space.dtype] * size + noise else 0.0
+
+
+def _asymmetric(asymmetry: float, dtype: torch.dtype, *, verified: bool) -> BadObjective:
+    """The refusal of a Hessian that is not symmetric; `verified` when its formulas are right in float64."""
+    if not verified:
+        return BadObjective(
+            f"Second derivatives are wrong: the Hessian of the first batch is not symmetric, by {asymmetry:.1%}.",
             "Some backward is not differentiable itself: look for custom autograd Functions.",
         )
-    return tuple(name for name, g in zip(leaves, grads, strict=True) if g is None)
+    if dtype == torch.float32:  # a loss near zero, say: its curvature drowns in the rounding of the probabilities
+        return BadObjective(
+            f"float32 is too coarse here: rounding makes the Hessian of the first batch asymmetric by {asymmetry:.1%}.",
+            "Compute in float64: dtype=torch.float64, or --dtype float64 on the command line.",
+        )
+    return BadObjective(
+        f"Products are less precise than float64: the Hessian of the first batch is asymmetric by {asymmetry:.1e}.",
+        "Compute in float32, as parts of the model seem to do.",
+    )
 
 
 def _scan(grads: Sequence[Tensor]) -> None:
@@ -175,8 +193,8 @@ def _difference(objective: Objective, batch: Any) -> float | None:
             if least <= DIFFERENCE:
                 return least
     except Exception as error:
-        if CHECKPOINT in str(error):  # its second forward pass takes the module's own parameters, not those given
-            raise
+        if any(frame.filename == checkpoint.__file__ for frame in traceback.extract_tb(error.__traceback__)):
+            raise _checkpointed(error) from error  # it repeats the forward pass with the module's own parameters
         return None
     if math.isinf(least):  # nowhere finite beside the parameters
         return None
@@ -202,6 +220,13 @@ def _norm(tensors: Iterable[Tensor]) -> float:
     return math.hypot(*(float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in tensors))
 
 
+def _checkpointed(error: Exception) -> BadObjective:
+    return BadObjective(
+        f"The model uses gradient checkpointing, which repeats its forward passes: {one_line(error)}.",
+        "Turn it off: model.gradient_checkpointing_disable() in Hugging Face's models.",
+    )
+
+
 def explained(error: Exception, number: int) -> CurvatureError:
     """An error of the user's model or loss in batch `number`, or of torch about it, in our words."""
     if isinstance(error, CurvatureError):
@@ -216,10 +241,7 @@ def explained(error: Exception, number: int) -> CurvatureError:
             "Replace that layer or loss by plain torch operations (attention: the math or eager implementation).",
         )
     if CHECKPOINT in str(error):
-        return BadObjective(
-            f"The model uses gradient checkpointing, which repeats its forward passes: {one_line(error)}.",
-            "Turn it off: model.gradient_checkpointing_disable() in Hugging Face's models.",
-        )
+        return _checkpointed(error)
     return BadObjective(
         f"The model or the loss failed on batch {number}: {one_line(error)}.",
         "Check that inputs and targets have the shapes and dtypes they expect.",

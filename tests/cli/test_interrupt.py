@@ -16,13 +16,20 @@ RUN = "import sys, curvature_cli.output as o, curvature_cli.main as m; o.PATIENC
 SIGNALS = pytest.mark.parametrize(
     "sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
 )
-PATIENCE = 10.0  # seconds until it must have ended, on a busy machine; alone it takes under one
+PATIENCE = 30.0  # seconds until it must have ended, on a busy machine; alone it takes under one
+
+
+def _listen() -> None:
+    """Undo what a shell does to its background jobs, and they hand on: ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def interrupted(sent: signal.Signals, mark: str, *tokens: object) -> tuple[int, str, str]:
     """Starts a command that reports every step, signals it after `mark` appeared on stderr: code, stdout, stderr."""
     command = [sys.executable, "-c", RUN, *map(str, tokens)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_listen
+    ) as process:
         try:
             told = ""
             while mark not in told:

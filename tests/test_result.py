@@ -1,0 +1,364 @@
+"""Results: strict JSON, folders that come back bit for bit or are refused, and numbers with their errors in print."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import struct
+from pathlib import Path
+
+import pytest
+import scipy.stats
+import torch
+from matrices import Stopping, free, linspace, rotated, tensor
+
+import curvature as cv
+from curvature.result import LISTED, SCHEMA, student_quantile, versions, with_error
+
+MATRIX = rotated(torch.cat([tensor(9, 8.9, -4), linspace(-1, 1, 57)]))
+
+
+def interrupted(question, **options):
+    A = free(MATRIX)
+    A.function = Stopping(5, A.function)
+    with pytest.raises(cv.Interrupted) as stop:
+        question(A, **options)
+    return stop.value.result
+
+
+KINDS = {
+    "exact estimate": lambda: cv.trace(cv.Diagonal(tensor(1, 2))),
+    "estimate": lambda: cv.trace(free(MATRIX), products=20, seed=5),
+    "estimates": lambda: cv.spectral_density(free(MATRIX), steps=4).cdf(tensor(-1, 0, 1)),
+    "interrupted estimate": lambda: interrupted(cv.trace, products=59),
+    "pairs": lambda: cv.eigsh(free(MATRIX), 3),
+    "large pairs": lambda: cv.eigsh(free(MATRIX), 20),
+    "float32 pairs": lambda: cv.eigsh(free(MATRIX.float()), 2),
+    "interrupted pairs": lambda: interrupted(cv.eigsh, k=3, rtol=1e-15),
+    "density": lambda: cv.spectral_density(free(MATRIX), probes=3, steps=6),
+    "complete density": lambda: cv.spectral_density(free(MATRIX), probes=3, steps=60),
+    "interrupted density": lambda: interrupted(cv.spectral_density, probes=3),
+}
+EVERY = pytest.mark.parametrize("make", KINDS.values(), ids=list(KINDS))
+
+
+def bits(value):
+    """What decides about equality to the last bit, NaN included."""
+    if isinstance(value, torch.Tensor):
+        raw = value.detach().contiguous().flatten().view(torch.uint8).tolist() if value.numel() else []
+        return str(value.dtype), tuple(value.shape), raw
+    return value
+
+
+def refuse_constants(name):
+    raise AssertionError(f"{name} is not JSON")
+
+
+def estimate(value: float, stderr: float, dof: float = 9, **more) -> cv.Estimate:
+    origin = cv.Origin(question="trace", options={}, seed=0, operator={"operator": "test"})
+    value, stderr = (torch.as_tensor(x, dtype=torch.float64) for x in (value, stderr))
+    return cv.Estimate(value=value, stderr=stderr, samples=10, dof=dof, cost=cv.Cost(), origin=origin, **more)
+
+
+def every_kind(kind: type) -> set[type]:
+    return {kind, *(c for child in kind.__subclasses__() for c in every_kind(child))}
+
+
+def test_every_kind_of_result_is_tested_here():
+    ours = {kind for kind in every_kind(cv.Result) if kind.__module__.startswith("curvature.")}
+    assert {type(make()) for make in KINDS.values()} == ours - {cv.Result}
+
+
+# --------------------------------------------------------------------------------------------- JSON
+
+
+@EVERY
+def test_a_dictionary_of_it_is_strict_json(make):
+    result = make()
+    written = json.loads(json.dumps(result.to_dict(), allow_nan=False), parse_constant=refuse_constants)
+    assert written["kind"] == type(result).__name__ and written["schema"] == SCHEMA == 1
+    assert set(written) == {"kind", "schema"} | {field.name for field in dataclasses.fields(result)}
+    assert written["cost"]["products"] == result.cost.products
+    assert written["origin"]["versions"]["torch"] == torch.__version__
+    assert written["origin"]["operator"]["shape"] == list(result.origin.operator["shape"])
+    for name, value in result.arrays().items():
+        if value.numel() <= LISTED:
+            assert written[name] == value.tolist()
+        else:
+            dtype = str(value.dtype).removeprefix("torch.")
+            assert written[name] == {"array": name, "shape": list(value.shape), "dtype": dtype}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_json_has_no_number_for_is_null(bad):
+    written = estimate(bad, bad, floor=bad).to_dict()
+    assert (written["value"], written["stderr"], written["floor"]) == (None, None, None)
+    assert json.dumps(written, allow_nan=False)
+    assert estimate(0, 0).to_dict()["value"] == 0.0
+
+
+def test_what_is_neither_number_nor_text_is_written_as_text():
+    origin = cv.Origin(
+        question="trace",
+        options={"dtype": torch.float32, "path": Path("a"), 3: (1, {"x": math.inf})},
+        seed=None,
+        operator={},
+    )
+    result = dataclasses.replace(estimate(1, 1), origin=origin)
+    assert result.to_dict()["origin"]["options"] == {"dtype": "torch.float32", "path": "a", "3": [1, {"x": None}]}
+    assert result.to_dict()["origin"]["seed"] is None
+
+
+def test_a_tensor_of_just_so_many_entries_is_listed():
+    for size, listed in ((LISTED, True), (LISTED + 1, False)):
+        value = dataclasses.replace(estimate(0, 0), value=torch.zeros(size)).to_dict()["value"]
+        assert isinstance(value, list) == listed
+
+
+# --------------------------------------------------------------------------------------------- folders
+
+
+@EVERY
+def test_a_saved_result_comes_back_bit_for_bit(make, tmp_path):
+    result = make()
+    folder = result.save(tmp_path / "deep" / "folder")
+    assert sorted(path.name for path in folder.iterdir()) == ["arrays.safetensors", "result.json"]
+    json.loads((folder / "result.json").read_text(), parse_constant=refuse_constants)
+    for kind in (cv.Result, type(result)):
+        loaded = kind.load(folder)
+        assert type(loaded) is type(result)
+        for field in dataclasses.fields(result):
+            assert bits(getattr(loaded, field.name)) == bits(getattr(result, field.name)), field.name
+        assert str(loaded) == str(result) and loaded._repr_html_() == result._repr_html_()
+    assert result.save(folder) == folder and str(cv.Result.load(folder)) == str(result)  # over the old one
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.0, 5e-324, 1 / 3, 1e308])
+def test_every_float_comes_back_bit_for_bit(value, tmp_path):
+    loaded = cv.Estimate.load(estimate(value, 1).save(tmp_path))
+    assert struct.pack("d", float(loaded.value)) == struct.pack("d", value)
+
+
+def test_tensors_that_are_views_or_require_gradients_are_saved_too(tmp_path):
+    table = torch.arange(12.0, requires_grad=True).view(3, 4)
+    result = dataclasses.replace(estimate(0, 0), value=table.T[1:], stderr=table[:, 0])
+    loaded = cv.Estimate.load(result.save(tmp_path))
+    assert torch.equal(loaded.value, table.T[1:]) and torch.equal(loaded.stderr, table[:, 0])
+    assert not loaded.value.requires_grad
+
+
+def test_a_loaded_density_answers_like_the_one_that_was_saved(tmp_path):
+    density = KINDS["density"]()
+    loaded = cv.SpectralDensity.load(density.save(tmp_path))
+    assert torch.equal(loaded.outliers, density.outliers) and loaded.quantile(0.3) == density.quantile(0.3)
+    assert torch.equal(loaded.cdf(tensor(0.1)).value, density.cdf(tensor(0.1)).value)
+
+
+def saved(tmp_path) -> tuple[Path, dict]:
+    KINDS["estimate"]().save(tmp_path)
+    path = tmp_path / "result.json"
+    return path, json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("position", [0, 8, 60, -1])
+def test_one_changed_byte_of_the_arrays_is_refused(position, tmp_path):
+    saved(tmp_path)
+    path = tmp_path / "arrays.safetensors"
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(cv.BadFile, match=r"are not those it was saved with\. Measure again\."):
+        cv.Result.load(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 5, 50])
+def test_truncated_arrays_are_refused(size, tmp_path):
+    saved(tmp_path)
+    path = tmp_path / "arrays.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(cv.BadFile, match="are not those it was saved with"):
+        cv.Estimate.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{", b"[]", b"3", b"null", b'"text"', b"{}", b'{"arrays": 3}', b"\xff\xfe", b"[" * 100_000, b'{"arrays": {}}'],
+    ids=["empty", "cut", "list", "number", "null", "text", "bare", "arrays", "not-utf8", "deep", "no-file"],
+)  # fmt: skip
+def test_json_that_is_not_a_result_is_refused(text, tmp_path):
+    path, _ = saved(tmp_path)
+    path.write_bytes(text)
+    with pytest.raises(cv.BadFile, match=r"is not a saved result: .*Give the folder that `save` wrote."):
+        cv.Result.load(tmp_path)
+
+
+def test_cut_json_is_refused(tmp_path):
+    path, _ = saved(tmp_path)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(cv.BadFile, match="is not a saved result"):
+        cv.Result.load(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["cost", "origin", "samples", "dof", "floor", "complete"])
+def test_json_that_lacks_a_field_is_refused(missing, tmp_path):
+    path, written = saved(tmp_path)
+    del written[missing]
+    path.write_text(json.dumps(written))
+    with pytest.raises(cv.BadFile, match=r"lacks what a Estimate is made of: .*Measure again\."):
+        cv.Result.load(tmp_path)
+
+
+@pytest.mark.parametrize("part, value", [("cost", {"products": 1, "euros": 2}), ("cost", 3), ("origin", {"seed": 1})])
+def test_json_with_parts_of_another_shape_is_refused(part, value, tmp_path):
+    path, written = saved(tmp_path)
+    path.write_text(json.dumps({**written, part: value}))
+    with pytest.raises(cv.BadFile, match="lacks what a Estimate is made of"):
+        cv.Result.load(tmp_path)
+
+
+def test_arrays_that_are_no_safetensors_are_refused_even_with_their_own_digest(tmp_path):
+    path, written = saved(tmp_path)
+    (tmp_path / "arrays.safetensors").write_bytes(b"nonsense")
+    written["arrays"]["sha256"] = hashlib.sha256(b"nonsense").hexdigest()
+    path.write_text(json.dumps(written))
+    with pytest.raises(cv.BadFile, match="lacks what a Estimate is made of"):
+        cv.Result.load(tmp_path)
+
+
+@pytest.mark.parametrize("schema", [0, 2, None, "1"])
+def test_another_schema_is_refused(schema, tmp_path):
+    path, written = saved(tmp_path)
+    path.write_text(json.dumps({**written, "schema": schema}))
+    with pytest.raises(cv.BadFile, match=f"has schema {schema}, not 1. Use the version of curvature that wrote it."):
+        cv.Result.load(tmp_path)
+
+
+def test_another_kind_is_refused(tmp_path):
+    path, written = saved(tmp_path)
+    with pytest.raises(cv.BadFile, match=r"holds a Estimate, not a Eigenpairs. Use Result.load\(folder\)."):
+        cv.Eigenpairs.load(tmp_path)
+    for kind in ("Path", "Cost", "", 3):
+        path.write_text(json.dumps({**written, "kind": kind}))
+        with pytest.raises(cv.BadFile, match=f"holds a {kind}, not a Result"):
+            cv.Result.load(tmp_path)
+
+
+def test_a_folder_without_a_result_is_refused(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere", str(tmp_path)):
+        with pytest.raises(cv.BadFile, match=r"result.json is not a saved result: .*No such file"):
+            cv.Result.load(folder)
+    saved(tmp_path)
+    (tmp_path / "arrays.safetensors").unlink()
+    with pytest.raises(cv.BadFile, match=r"is not a saved result: .*arrays.safetensors"):
+        cv.Result.load(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------- intervals
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 0.999])
+@pytest.mark.parametrize("dof", [1, 2, 7, 31, 1000])
+def test_intervals_are_those_of_student_and_the_floor_is_added(level, dof):
+    low, high = estimate(10, 2, dof=dof, floor=0.25).interval(level)
+    half = 2 * float(scipy.stats.t.ppf(0.5 + level / 2, dof)) + 0.25
+    assert (float(low), float(high)) == pytest.approx((10 - half, 10 + half), rel=1e-12)
+
+
+def test_an_exact_value_has_its_floor_for_an_interval():
+    assert [float(x) for x in estimate(10, 0, dof=0).interval()] == [10, 10]
+    assert [float(x) for x in estimate(10, 0, dof=0, floor=0.5).interval()] == [9.5, 10.5]
+    assert student_quantile(0.95, 0) == 0 and student_quantile(0.95, 0.5) == math.inf
+
+
+def test_a_floor_for_every_entry():
+    result = estimate([1, 2], [0.5, 0], floor=tensor(0.1, 0.2))
+    low, high = result.interval()
+    half = 0.5 * student_quantile(0.95, 9) + 0.1
+    torch.testing.assert_close(torch.stack([low, high]), torch.tensor([[1 - half, 1.8], [1 + half, 2.2]]).double())
+
+
+@pytest.mark.parametrize("level", [0, 1, -0.1, 95, math.nan])
+def test_a_level_that_is_not_between_zero_and_one_is_refused(level):
+    with pytest.raises(ValueError, match=f"A confidence level lies between 0 and 1, but got {level}."):
+        estimate(1, 1).interval(level)
+
+
+# --------------------------------------------------------------------------------------------- print
+
+
+@pytest.mark.parametrize(
+    "value, stderr, text",
+    [
+        (12.3456, 0.5612, "12.35 ± 0.56"),
+        (12.3456, 5.612, "12.3 ± 5.6"),
+        (12.3456, 56.12, "12 ± 56"),
+        (-12.3456, 0.5612, "-12.35 ± 0.56"),
+        (0.00123456, 0.000056, "0.001235 ± 5.6e-05"),
+        (1234567.0, 20.0, "1234567 ± 20"),
+        (1234567.0, 1234.0, "1.2346e+06 ± 1.2e+03"),
+        (999.96, 0.5, "999.96 ± 0.5"),
+        (0.0, 0.5, "0 ± 0.5"),
+        (1e-20, 1e-3, "1e-20 ± 0.001"),
+        (3.0, 0.0, "3 ± 0"),
+        (1 / 3, 0.0, "0.333333 ± 0"),
+        (1 / 3, 1e-30, "0.3333333333333 ± 1e-30"),
+        (math.nan, 1.0, "nan ± 1"),
+        (1.0, math.nan, "1 ± nan"),
+        (math.inf, 1.0, "inf ± 1"),
+        (1.0, math.inf, "1 ± inf"),
+    ],
+)
+def test_a_value_is_printed_to_the_second_digit_of_its_error(value, stderr, text):
+    assert with_error(value, stderr) == text
+    shown, _, error = text.partition(" ± ")
+    if math.isfinite(value) and 0 < stderr < math.inf:
+        assert abs(float(shown) - value) <= 0.1 * stderr + 1e-13 * abs(value)
+        assert float(error) == pytest.approx(stderr, rel=0.05)
+
+
+@EVERY
+def test_the_summary_is_text_and_the_cost_is_its_last_line(make):
+    result = make()
+    assert all(isinstance(label, str) and isinstance(text, str) for label, text in result.summary().items())
+    lines = str(result).splitlines()
+    assert len(lines) == len(result.summary()) + 1 and repr(result) == str(result)
+    assert lines[-1].startswith(f"[{result.cost.products} products, ") and lines[-1].endswith(" MiB]")
+
+
+def test_the_cost_is_printed_in_units():
+    cost = cv.Cost(products=12, passes=3, seconds=1.26, peak_bytes=5 << 20)
+    assert str(cost) == "12 products, 3 passes over the data, 1.3 s, peak 5 MiB"
+    assert str(cv.Cost()) == "0 products, 0.0 s, peak 0 MiB"
+
+
+@EVERY
+def test_the_notebook_view_is_a_table_of_the_summary(make):
+    result = make()
+    view = result._repr_html_()
+    assert view.count("<tr>") == view.count("</tr>") == len(result.summary())
+    assert f"<b>{type(result).__name__} of " in view
+
+
+def test_the_notebook_view_escapes_what_comes_from_outside():
+    evil = "<script>alert('x')</script>"
+    origin = cv.Origin(question=evil, options={}, seed=0, operator={"operator": evil})
+    view = dataclasses.replace(estimate(1, 1), origin=origin)._repr_html_()
+    assert "<script" not in view
+    assert view.count("&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;") == 2
+
+
+def test_results_are_frozen_and_their_origin_is_complete():
+    result = KINDS["estimate"]()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        result.value = tensor(0)
+    assert set(versions()) == {"curvature", "torch", "numpy", "python"} and all(versions().values())
+    assert result.origin.threads == torch.get_num_threads() and result.origin.seed == 5
+    assert result.origin.operator == {
+        "operator": "MatrixFree",
+        "shape": [60, 60],
+        "dtype": "float64",
+        "device": "cpu",
+    }
+    assert result.cost.peak_bytes > 10 << 20 and result.cost.seconds > 0
