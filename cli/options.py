@@ -15,7 +15,7 @@ TASK, NUMBERS, SAFETY, OUTPUT = (
 
 Positive = Annotated[int, Parameter(validator=Number(gte=1), group=NUMBERS)]
 Count = Annotated[int, Parameter(name=("--k", "-k"), validator=Number(gte=1), group=NUMBERS)]
-Seed = Annotated[int, Parameter(group=NUMBERS)]
+Seed = Annotated[int, Parameter(validator=Number(gte=0, lt=2**63), group=NUMBERS)]
 Tolerance = Annotated[float, Parameter(validator=Number(gt=0, lt=1), group=NUMBERS)]
 
 

@@ -31,9 +31,9 @@ def prepare(output: Output, command: str) -> None:
 
 
 def _check_folder(out: Path, command: str, overwrite: bool) -> None:
-    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    place = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
     if not place.is_dir():
-        raise Misuse(f"{place} is a file, and --out takes a folder.", "Give another --out.")
+        raise Misuse(f"{place} is not a folder, which --out takes.", "Give another --out.")
     if not os.access(place, os.W_OK | os.X_OK):
         raise Misuse(f"Nothing can be written in {place}.", "Check its permissions, or give another --out.")
     present = [name for name in (*FILES, f"{command}.png") if (out / name).exists()]

@@ -39,6 +39,8 @@ class Batches:
         A tuple or dict of tensors is one data set: with `batch_size` it is cut along the first axis, else it is one
         batch. Raises BadObjective for what can be read only once.
         """
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"A batch has at least one example, but got batch_size={batch_size}.")
         if isinstance(data, Batches):
             return data
         if isinstance(data, Tensor) or _of_tensors(data):

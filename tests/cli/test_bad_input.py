@@ -523,6 +523,8 @@ def test_memory_that_does_not_suffice(refused):
         (["--operator", "fisher"], "hessian"),
         (["--dtype", "float16"], "float64"),
         (["--seed"], "--seed"),
+        (["--seed", "-1"], "Must be >= 0"),
+        (["--seed", str(2**63)], "Must be <"),
         (["a.pt", "b.pt"], "b.pt"),
         (["--device", "gpu0"], "--device gpu0 cannot be used"),
         (["--arch-arg", "width=3"], "--arch"),
@@ -591,10 +593,11 @@ def test_a_file_of_options_that_is_none(refused, folder):
     refused(USAGE, *OBJECTIVE)
 
 
-@pytest.mark.parametrize("out", ["task.py", "task.py/run", "task.py/deep/run"])
+@pytest.mark.parametrize("out", ["task.py", "task.py/run", "task.py/deep/run", "nowhere", "nowhere/run"])
 def test_out_in_place_of_a_file(refused, out):
+    Path("nowhere").symlink_to("missing")
     cause, _ = refused(USAGE, *OBJECTIVE, "--out", out)
-    assert cause.endswith("task.py is a file, and --out takes a folder.")
+    assert cause.endswith(f"{Path(out).parts[0]} is not a folder, which --out takes.")
 
 
 def test_out_without_permission(refused, folder, monkeypatch):

@@ -63,6 +63,12 @@ def test_what_has_several_lengths_is_one_batch():
     assert len(list(Batches.of((x, torch.tensor(3)), batch_size=4))) == 1
 
 
+@pytest.mark.parametrize("size", [0, -3])
+def test_batches_have_examples(size):
+    with pytest.raises(ValueError, match=f"A batch has at least one example, but got batch_size={size}"):
+        Batches.of(data(), batch_size=size)
+
+
 def test_no_examples_are_no_batches():
     assert list(Batches.of((torch.zeros(0, 3), torch.zeros(0)), batch_size=4)) == []
 

@@ -801,6 +801,30 @@ def test_errors_of_a_batch_say_which():
         assert caught.value.__cause__ is fuse.error
 
 
+def test_parameters_of_odd_shapes():
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.empty, self.shift = nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.randn(3))
+            self.inner = nn.Conv2d(4, 3, 1).to(memory_format=torch.channels_last)
+            self.temperature = nn.Parameter(torch.tensor(0.7))
+            self.turned = nn.Parameter(torch.randn(3, 3).t())
+
+        def logits(self, x: Tensor) -> Tensor:
+            return (self.inner(x[:, :, None, None]).flatten(1) @ self.turned) / self.temperature
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.logits(x) + x[:, :0] @ self.empty + self.shift
+
+    module = Odd().double()
+    objective = cv.Objective.of(module, "cross-entropy", batches())
+    assert objective.space.size == 3 + 15 + 1 + 9
+    assert_hessian_equals_differences(objective)
+    assert objective.fingerprint == cv.Objective.of(module, "cross-entropy", batches()).fingerprint
+    method = cv.Objective.from_loss(module, lambda m, batch: F.cross_entropy(m.logits(batch[0]), batch[1]), batches())
+    assert_hessian_equals_differences(method)  # also what is called by another name than forward
+
+
 def test_passes_are_counted():
     objective = classifier()
     cv.hessian(objective).apply(objective.space.draw(3, seed=0))
