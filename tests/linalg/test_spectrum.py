@@ -208,6 +208,7 @@ def bias(values: torch.Tensor, *, probes: int, steps: int, seeds: int) -> torch.
     return (found.mean(0) - truth) / error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["twice", "three times", "eight times", "twenty times", "cluster", "polynomial"])
 def test_counting_eigenvalues_does_not_bias_anything(name):
     """In the steps where eigenvalues begin to be counted: judged by their residual alone, this was off by 18."""
@@ -216,9 +217,9 @@ def test_counting_eigenvalues_does_not_bias_anything(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("probes, steps", [(2, 12), (2, 30), (4, 7), (4, 20), (8, 6), (8, 12)])
+@pytest.mark.parametrize("probes, steps", [(2, 12), (4, 7), (4, 20), (8, 6), (8, 12)])
 def test_counting_eigenvalues_does_not_bias_anything_at_length(probes, steps, dtype):
-    table = {name: bias(v.to(dtype), probes=probes, steps=steps, seeds=600).abs().max() for name, v in BIAS.items()}
+    table = {name: bias(v.to(dtype), probes=probes, steps=steps, seeds=300).abs().max() for name, v in BIAS.items()}
     print(probes, steps, dtype, {name: round(float(worst), 1) for name, worst in table.items()})  # noqa: T201
     worst = max(float(z) for z in table.values())
     assert worst < 4.2, table  # of some 40 figures; float32 cannot have the tails of polynomial spectra to more
