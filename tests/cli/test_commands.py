@@ -50,7 +50,9 @@ def trace_of(said) -> float:
 
 
 @COMMANDS
-@pytest.mark.parametrize("model", [OBJECTIVE, ("demo:digits", "--max-examples", 50)], ids=["objective", "demo"])
+@pytest.mark.parametrize(
+    "model", [OBJECTIVE, ("demo:digits", "--params", "4.*", "--max-examples", 50)], ids=["objective", "demo"]
+)
 def test_prints_a_table_and_where_it_went(curv, folder, command, model):
     said = curv(command, *model, *SMALL[command])
     assert said.code == 0

@@ -114,19 +114,22 @@ def test_the_95_percent_interval_holds_the_truth_as_often_as_it_says(method):
 
 @pytest.mark.slow
 def test_coverage_table():
-    """Every spectrum, both methods, 600 seeds: a true 95 % would be seen within 0.932 and 0.967 (two sigma)."""
+    """Every spectrum, both methods, 3,000 seeds: a true 95 % would be seen within 0.938 and 0.962 (three sigma).
+
+    Where one eigenvalue carries the trace, z.Az is distributed like chi-squared: its skew costs Student's interval 3 %.
+    """
     table = {
-        f"{name}, {method}": coverage(name, method, products=32, seeds=600)
+        f"{name}, {method}": coverage(name, method, products=32, seeds=3000)
         for name in SPECTRA
         for method in ("hutchinson", "hutch++")
     }
     FIGURES.parent.mkdir(parents=True, exist_ok=True)
     FIGURES.write_text(
-        json.dumps({"level": 0.95, "products": 32, "seeds": 600, "size": N, "coverage": table}, indent=1)
+        json.dumps({"level": 0.95, "products": 32, "seeds": 3000, "size": N, "coverage": table}, indent=1)
     )
     print(json.dumps(table, indent=1))  # noqa: T201
     for row, share in table.items():
-        assert 0.90 <= share <= 0.99, row
+        assert 0.91 <= share <= 0.99, row
 
 
 def test_hutch_plus_plus_is_far_better_when_few_eigenvalues_carry_the_trace():
