@@ -71,7 +71,8 @@ def exact_hessian(objective: cv.Objective) -> np.ndarray:
         unit = torch.zeros(min(32, n - start), n, dtype=torch.float64)
         unit[:, start:].fill_diagonal_(1)
         matrix[start : start + 32] = vmap(product)(unit).numpy()
-    return scipy.linalg.eigh(matrix, eigvals_only=True, overwrite_a=True, check_finite=False, driver="evd")
+    # Fortran order, so that LAPACK works in place
+    return scipy.linalg.eigh(matrix.T, eigvals_only=True, overwrite_a=True, check_finite=False, driver="evd")
 
 
 def exact_ggn(objective: cv.Objective) -> np.ndarray:
