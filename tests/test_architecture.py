@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from curvature.objective.losses import CLASSES
+
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"errors", "progress", "io", "result"},
@@ -73,7 +75,7 @@ def test_linalg_names_no_torch_nn():
 
 
 def test_nobody_outside_losses_asks_what_kind_a_loss_is():
-    kinds = {"CrossEntropy", "SquaredError"}
+    kinds = set(CLASSES)
     for path in FILES:
         if "losses" in path.parts:
             continue
@@ -84,8 +86,8 @@ def test_nobody_outside_losses_asks_what_kind_a_loss_is():
 
 
 def test_only_one_loop_over_data():
-    """`Objective.average` reads the batches; the check, the fingerprint and storage look at them without computing."""
-    readers = {"objective/objective.py", "objective/check.py", "objective/storage.py", "objective/batches.py"}
+    """`Passes` reads the batches; the check and storage look at them without computing."""
+    readers = {"objective/passes.py", "objective/check.py", "objective/storage.py", "objective/batches.py"}
     for path in FILES:
         if "batches" in path.read_text() and layer_of(path) in ("objective", "operators", "linalg"):
             loops = [

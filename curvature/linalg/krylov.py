@@ -8,14 +8,12 @@ Eigenvalue Problems, chapter 6.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvature.errors import TooLarge
 from curvature.linalg.measurement import Measurement
+from curvature.linalg.memory import need_basis
 from curvature.linalg.space import CHUNK, Space
 
 
@@ -30,7 +28,7 @@ class Krylov:
     def __init__(self, measurement: Measurement, capacity: int) -> None:
         self.measurement = measurement
         self.space: Space = measurement.operator.domain
-        _check_memory(capacity, self.space)
+        need_basis(capacity, self.space)
         self._basis = torch.empty(capacity, self.space.size, dtype=self.space.dtype, device=self.space.device)
         self._projected = torch.zeros(capacity, capacity, dtype=torch.float64, device=self.space.device)
         self.size = 0  # rows of the basis
@@ -149,25 +147,3 @@ class Krylov:
                 f"The operator is not symmetric: |u.Av - v.Au| reached {asymmetry:.2g}, with |A| about "
                 f"{self.scale:.2g}. If it comes from a model, objective.check() looks for the cause."
             )
-
-
-def _check_memory(rows: int, space: Space) -> None:
-    """TooLarge when a basis of `rows` vectors would not fit into the memory that is free now."""
-    needed = rows * space.size * torch.empty(0, dtype=space.dtype).element_size()
-    free = torch.cuda.mem_get_info(space.device)[0] if space.device.type == "cuda" else _free_bytes()
-    if free is not None and needed > 0.9 * free:
-        raise TooLarge(
-            f"A basis of {rows} vectors of {space.size:,} entries takes {needed / 2**30:.1f} GiB, "
-            f"but {free / 2**30:.1f} GiB are free.",
-            "Ask for fewer probes, steps or eigenvalues, or for fewer parameters.",
-        )
-
-
-def _free_bytes() -> int | None:
-    """Main memory that can be had without swapping, where the system tells (Linux)."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    sizes = dict(line.split(":") for line in lines)
-    return int(sizes["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in sizes else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvature.errors import NonFinite
+from curvature.linalg.memory import peak_bytes
 from curvature.linalg.operator import LinearOperator
 from curvature.progress import Progress, Run
 from curvature.result import Cost, Origin
@@ -65,7 +64,7 @@ class Measurement:
             products=self.products,
             passes=self._passes_of_parts() - self._passes,
             seconds=time.perf_counter() - self._started,
-            peak_bytes=_peak_bytes(self.operator.device),
+            peak_bytes=peak_bytes(self.operator.device),
         )
 
     @property
@@ -84,10 +83,3 @@ def describe(A: LinearOperator) -> dict[str, Any]:
     if not A.parts:
         return {**A.source, **facts}
     return {"operator": type(A).__name__, **facts, "parts": [dict(leaf.source) for leaf in A.leaves()]}
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere but on macOS

@@ -44,6 +44,7 @@ class LinearOperator(ABC):
     parts: tuple[LinearOperator, ...] = ()
     meter: Meter | None = None
     source: Mapping[str, Any] = {}
+    adjoint_of: LinearOperator | None = None  # what this is the transpose of, where it was made as that
 
     @abstractmethod
     def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k m"]:
@@ -185,7 +186,11 @@ class MatrixFree(LinearOperator):
     def adjoint(self) -> LinearOperator:
         if self.symmetric or self.transposed is None:
             return super().adjoint()
-        return MatrixFree(self.transposed, self.codomain, self.domain, adjoint=self.function, meter=self.meter)
+        if self.adjoint_of is not None:
+            return self.adjoint_of
+        other = MatrixFree(self.transposed, self.codomain, self.domain, adjoint=self.function, meter=self.meter)
+        other.adjoint_of = self
+        return other
 
 
 class Identity(LinearOperator):
@@ -242,12 +247,20 @@ class Product(LinearOperator):
             raise ValueError(f"Operators of shapes {A.shape} and {B.shape} cannot be multiplied.")
         self.domain, self.codomain = B.domain, A.codomain
         self.parts = (A, B)
+        self.symmetric = self.psd = _transposes(A, B)
 
     def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k m"]:
         return self.parts[0].apply(self.parts[1].apply(rows))
 
     def adjoint(self) -> LinearOperator:
         return Product(self.parts[1].adjoint(), self.parts[0].adjoint())
+
+
+def _transposes(A: LinearOperator, B: LinearOperator) -> bool:
+    """Whether A is known to be the transpose of B."""
+    if A is B:
+        return A.symmetric
+    return A.adjoint_of is B or B.adjoint_of is A
 
 
 def identity(space: Space) -> Identity:

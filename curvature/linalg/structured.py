@@ -30,7 +30,11 @@ class Dense(LinearOperator):
         return rows @ self.matrix.T
 
     def adjoint(self) -> LinearOperator:
-        return self if self.symmetric else Dense(self.matrix.T, symmetric=False)
+        if self.symmetric or self.adjoint_of is not None:
+            return self.adjoint_of or self
+        other = Dense(self.matrix.T, symmetric=False)
+        other.adjoint_of = self
+        return other
 
 
 class Diagonal(LinearOperator):

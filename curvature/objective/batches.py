@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,13 +16,15 @@ from torch import Tensor
 from curvature.errors import BadObjective, CurvatureError, one_line
 from curvature.objective.guard import frozen_randomness
 
-BATCH = 256  # examples at a time when whole tensors are given: bounds memory, changes no number
+BATCH = 256  # examples at a time when whole tensors are given: bounds memory
+Cut = int | Literal["auto"] | None  # examples at a time of whole tensors; "auto" is BATCH, None does not cut
 TARGETS = ("labels", "label", "targets", "target", "y")  # the names under which dict batches keep targets
 
 
 @dataclass(frozen=True)
 class Batches:
-    """A re-iterable source of batches; `fixed` when it lies in memory and cannot change between passes.
+    """A re-iterable source of batches; `fixed` when it lies in memory and cannot change between passes, `cut` when it
+    was cut from whole tensors here.
 
     Every pass runs from the same random state, so that a shuffling loader repeats its order and random augmentation its
     draws; the global generators are as before afterwards. What still differs (a loader with a generator of its own) is
@@ -31,20 +34,29 @@ class Batches:
     source: Iterable[Any]
     fixed: bool = False
     seed: int = 0
+    cut: bool = False
 
     @classmethod
-    def of(cls, data: Any, *, batch_size: int | None = None) -> Batches:
+    def of(cls, data: Any, *, batch_size: Cut = None) -> Batches:
         """Batches of a DataLoader (or anything that can be iterated again), a list of batches, or tensors.
 
-        A tuple or dict of tensors is one data set: with `batch_size` it is cut along the first axis, else it is one
-        batch. Raises BadObjective for what can be read only once.
+        A tuple or dict of tensors or arrays is one data set: with `batch_size` it is cut along the first axis, else it
+        is one batch. Raises BadObjective for what can be read only once.
         """
-        if batch_size is not None and batch_size < 1:
+        if isinstance(batch_size, int) and batch_size < 1:
             raise ValueError(f"A batch has at least one example, but got batch_size={batch_size}.")
+        if whole(data):
+            batches = _cut(data, BATCH if batch_size == "auto" else batch_size)
+            return cls(batches, fixed=True, cut=len(batches) > 1)
+        if isinstance(batch_size, int):
+            raise ValueError(f"batch_size={batch_size} is for whole tensors, but a {type(data).__name__} has batches.")
         if isinstance(data, Batches):
             return data
-        if isinstance(data, Tensor) or _of_tensors(data):
-            return cls(_cut(data, batch_size), fixed=True)
+        if isinstance(data, Mapping):
+            raise BadObjective(
+                f"A {type(data).__name__} of {', '.join(map(str, data))} is no data set: not all of it are tensors.",
+                "Give a list of batches, [batch] for one, or a dict of tensors.",
+            )
         if isinstance(data, Sequence) and not isinstance(data, str):
             return cls(data, fixed=isinstance(data, list | tuple))
         if not isinstance(data, Iterable) or isinstance(data, str):
@@ -84,8 +96,13 @@ class Batches:
         """The same batches up to so many examples, the last one cut."""
         return replace(self, source=_First(self, examples))
 
+    @cached_property
     def digests(self) -> list[str]:
         """A hash of every batch: equal lists mean equal data in equal order."""
+        return self.digested()
+
+    def digested(self) -> list[str]:
+        """The same, from the data as they are now."""
         return [digest(batch) for batch in self]
 
 
@@ -147,15 +164,43 @@ def mapped(function: Callable[[Any], Any], batch: Any) -> Any:
     return function(batch)
 
 
+def leaves(batch: Any) -> Iterator[Any]:
+    """What lists, tuples, dicts and dataclasses in the batch hold, in order."""
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    elif is_dataclass(batch) and not isinstance(batch, type):
+        batch = [getattr(batch, f.name) for f in fields(batch)]
+    if isinstance(batch, list | tuple):
+        for item in batch:
+            yield from leaves(item)
+    else:
+        yield batch
+
+
 def leading(batch: Any) -> int | None:
     """The length of the first axis of the first tensor or array in the batch, if there is one."""
-    found: list[int] = []
-    mapped(lambda leaf: found.append(len(leaf)) if _has_axis(leaf) else None, batch)
-    return found[0] if found else None
+    return next((len(leaf) for leaf in leaves(batch) if _has_axis(leaf)), None)
+
+
+def lengths(batch: Any) -> set[int]:
+    """The lengths of the first axes of all tensors and arrays in the batch."""
+    return {len(leaf) for leaf in leaves(batch) if _has_axis(leaf)}
+
+
+def targets_of(batch: Any) -> Any:
+    """The targets of a batch where they can be told, else None."""
+    try:
+        return split(batch)[1]
+    except BadObjective:
+        return None
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor | np.ndarray)
 
 
 def _has_axis(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor | np.ndarray) and leaf.ndim > 0
+    return _is_array(leaf) and leaf.ndim > 0
 
 
 def split(batch: Any) -> tuple[Any, Any]:
@@ -173,29 +218,45 @@ def split(batch: Any) -> tuple[Any, Any]:
         return inputs, batch[-1]
     raise BadObjective(
         f"A batch is (inputs, targets), but a {type(batch).__name__} came.",
-        "Yield pairs or dicts with 'labels', or use Objective.from_loss(model, loss, data).",
+        "Give a list of pairs, or one data set as a tuple (inputs, targets), not a list; or use Objective.from_loss.",
     )
 
 
-def _of_tensors(data: Any) -> bool:
+def whole(data: Any) -> bool:
+    """Whether this is one data set, a tensor or a tuple or dict of tensors or arrays, rather than batches."""
     leaves = data if isinstance(data, tuple) else data.values() if isinstance(data, Mapping) else ()
-    return bool(leaves) and all(isinstance(leaf, Tensor) for leaf in leaves)
+    return _is_array(data) or (bool(leaves) and all(map(_is_array, leaves)))
 
 
 def _cut(data: Any, batch_size: int | None) -> list[Any]:
     """The data set as a list of batches; one batch without `batch_size` or when the first axes differ."""
-    lengths: set[int] = set()
-    mapped(lambda leaf: lengths.add(len(leaf) if leaf.ndim else -1), data)
-    if lengths == {0}:
+    found = {len(leaf) if leaf.ndim and not _is_sparse(leaf) else -1 for leaf in leaves(data)}
+    if found == {0}:
         return []
-    if batch_size is None or len(lengths) != 1 or lengths == {-1}:
+    if batch_size is None or len(found) != 1 or found == {-1}:
         return [data]
-    (length,) = lengths
+    (length,) = found
 
     def piece(start: int, stop: int) -> Any:
         return mapped(lambda leaf: leaf[start:stop], data)
 
     return [piece(start, start + batch_size) for start in range(0, length, batch_size)]
+
+
+def halves(batch: Any) -> list[Any]:
+    """The batch, which was cut from whole tensors, in two."""
+    return _cut(batch, -(-(leading(batch) or 1) // 2))
+
+
+def _is_sparse(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.layout != torch.strided
+
+
+def stored_values(tensor: Tensor) -> Tensor:
+    """The numbers that a tensor holds: of a sparse one those that are not left out."""
+    if not _is_sparse(tensor):
+        return tensor
+    return tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor.values()
 
 
 def _rebuilt(original: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
@@ -206,10 +267,24 @@ def _rebuilt(original: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any,
         return items
 
 
+def _strided_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The tensor itself, or what a sparse one consists of."""
+    match tensor.layout:
+        case torch.strided:
+            return (tensor,)
+        case torch.sparse_coo:
+            return tensor.coalesce().indices(), tensor.coalesce().values()
+        case torch.sparse_csr:
+            return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+        case _:
+            return (tensor.to_dense(),)
+
+
 def _absorb(leaf: Any, update: Callable[[bytes], None]) -> None:
     if isinstance(leaf, Tensor):
         update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-        update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for part in _strided_parts(leaf.detach().cpu()):
+            update(part.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     elif isinstance(leaf, np.ndarray):
         update(f"{leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())
     elif isinstance(leaf, Mapping):

@@ -7,18 +7,19 @@ ten gradients, this finds them.
 
 from __future__ import annotations
 
+import contextlib
 import math
-import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils import checkpoint
 
 from curvature.errors import BadObjective, CurvatureError, NonFinite, TooLarge, one_line
-from curvature.objective.batches import moved
+from curvature.objective.batches import halves, leading, moved, stored_values
 from curvature.objective.products import gradient_graph, gradient_of, hessian_rows
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ STEPS = (1e-7, 1e-4, 1e-9, 1e-11, 1e-11)  # of these differences, relative to th
 BESIDE = 1e-2  # how far from the parameters they are taken, likewise: a bias of zero may lie exactly on a kink
 ROUNDING = 100  # units by which what is equal may differ
 REFUSING = ("torch::autograd::Error", "torch::autograd::NotImplemented", "Error", "NotImplemented")
-CHECKPOINT = "torch.utils.checkpoint"  # in all its errors
 TWICE = ("derivative for", "differentiate twice", "double backward")
 
 
@@ -38,21 +38,24 @@ TWICE = ("derivative for", "differentiate twice", "double backward")
 class Health:
     """What the check found in a healthy objective.
 
-    `rewrites` counts by name what was replaced to be twice differentiable; `unused` are selected parameters the loss
-    does not depend on (their curvature is zero); `difference` is the relative difference between a Hessian product and
-    a finite difference of gradients in float64, None when the model cannot be run in float64.
+    `rewrites` counts by name what was replaced to be twice differentiable; `unused` are selected parameters that the
+    loss of the first batch does not depend on; `difference` is the relative difference between a Hessian product and
+    a finite difference of gradients in float64, None when the model cannot be run in float64; `example_bytes` is the
+    memory that the graph of a gradient holds for each example.
     """
 
     rewrites: Mapping[str, int] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     difference: float | None = None
+    example_bytes: float = 0.0
 
 
 def examine(objective: Objective) -> Health:
     """The health of `objective`; raises BadObjective or NonFinite, with the fix, when it has none."""
     for name, tensor in {**objective.params, **objective.frozen, **objective.buffers}.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all() and "mask" not in name:
-            count = int((~torch.isfinite(tensor)).sum())
+        values = stored_values(tensor)
+        if tensor.is_floating_point() and not torch.isfinite(values).all() and "mask" not in name:
+            count = int((~torch.isfinite(values)).sum())
             raise NonFinite(
                 f"{name} has {count} of {tensor.numel()} entries that are not finite.",
                 "Load an earlier checkpoint.",
@@ -62,22 +65,27 @@ def examine(objective: Objective) -> Health:
         with objective.context() as rewrites, objective.randomness():
             objective.function.check(objective.complete(objective.params), batch)
             _check_value(objective, batch)
-            unused, asymmetry = _probe(objective, batch)
+            _check_cut(objective, batch)
+            unused, asymmetry, held = _probe(objective, batch)
         difference = _difference(objective, batch)
         if asymmetry:
             raise _asymmetric(asymmetry, objective.space.dtype, verified=difference is not None)
     except Exception as error:  # models and losses can raise anything
+        if objective.batches.cut and isinstance(error, RuntimeError | IndexError | ValueError):
+            raise _coupled(f"the model or the loss fails on the first batch ({one_line(error)})") from error
         raise explained(error, 1) from error
-    return Health(dict(rewrites), unused, difference)
+    return Health(dict(rewrites), unused, difference, held / (leading(batch) or 1))
 
 
 def _first_batch(objective: Objective) -> Any:
     """The first batch; BadObjective when there is none, or when a second pass over the data differs from the first."""
     batches = objective.batches
-    first = next(iter(batches), None)
+    first, *more = [*islice(batches, 2)] or [None]
     if first is None:
         raise BadObjective("The data is empty: no batch came.", "Check the path and the filters of the data.")
-    if not batches.fixed and batches.digests() != batches.digests():
+    if more:
+        objective.function.check_counted(first)
+    if not batches.fixed and batches.digests != batches.digested():
         raise BadObjective(
             "A second pass over the data gave other batches than the first, so products would not be of one matrix.",
             "Use shuffle=False and fixed augmentation, or pass a list of batches: list(loader).",
@@ -100,10 +108,36 @@ def _check_value(objective: Objective, batch: Any) -> None:
         )
 
 
-def _probe(objective: Objective, batch: Any) -> tuple[tuple[str, ...], float]:
-    """The unused parameters, and how far the Hessian of the batch is from symmetric, 0 where rounding explains it."""
+def _check_cut(objective: Objective, batch: Any) -> None:
+    """Raise where tensors were cut into batches, and the loss of a batch is not the sum over those of its halves.
+
+    Whether the first axis counts examples, and whether the model computes each by itself, is seen only in numbers. In
+    training mode they may depend on the batch: batch normalisation does by design.
+    """
+    if not objective.batches.cut or objective.mode == "train" or (leading(batch) or 0) < 2:
+        return
+    together = float(objective.total(objective.params, batch).detach())
+    try:
+        apart = sum(float(objective.total(objective.params, half).detach()) for half in halves(batch))
+    except Exception as error:
+        raise _coupled(f"a half of the first batch fails ({one_line(error)})") from error
+    rounding = ROUNDING * objective.space.eps * (abs(together) + float(objective.function.weight(batch)))
+    if abs(together - apart) > rounding:
+        raise _coupled(f"the first batch has the loss {together:.6g}, and its halves {apart:.6g} together")
+
+
+def _coupled(how: str) -> BadObjective:
+    return BadObjective(
+        f"The tensors were cut into batches along their first axis, but do not fall into examples there: {how}.",
+        "Pass batch_size=None to take them as one batch, or a list of batches.",
+    )
+
+
+def _probe(objective: Objective, batch: Any) -> tuple[tuple[str, ...], float, int]:
+    """The unused parameters; how far the Hessian of the batch is from symmetric, 0 where rounding explains it; and the
+    bytes that the graph of its gradient holds."""
     space = objective.space
-    with objective.randomness():
+    with objective.randomness(), _saved_bytes() as held:
         leaves, grads = gradient_graph(objective, batch)
     if all(g is None for g in grads):
         raise BadObjective(
@@ -120,7 +154,23 @@ def _probe(objective: Objective, batch: Any) -> tuple[tuple[str, ...], float]:
     gap, size = float((forms[0, 1] - forms[1, 0]).abs()), float(space.norms(products).sum())
     noise = ROUNDING * space.eps * _norm(g.detach() for g in grads if g is not None) * space.size**0.5
     unused = tuple(name for name, g in zip(leaves, grads, strict=True) if g is None)
-    return unused, gap / size if gap > SYMMETRY[space.dtype] * size + noise else 0.0
+    asymmetry = gap / size if gap > SYMMETRY[space.dtype] * size + noise else 0.0
+    return unused, asymmetry, sum(held.values())
+
+
+@contextmanager
+def _saved_bytes() -> Iterator[dict[int, int]]:
+    """Yields the bytes of every storage that graphs built inside save, by address."""
+    held: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        with contextlib.suppress(NotImplementedError, RuntimeError):  # sparse tensors have no storage
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield held
 
 
 def _asymmetric(asymmetry: float, dtype: torch.dtype, *, verified: bool) -> BadObjective:
@@ -192,16 +242,14 @@ def _difference(objective: Objective, batch: Any) -> float | None:
             least = min(least, _norm([measured - product]) / size if size else 0.0)
             if least <= DIFFERENCE:
                 return least
-    except Exception as error:
-        if any(frame.filename == checkpoint.__file__ for frame in traceback.extract_tb(error.__traceback__)):
-            raise _checkpointed(error) from error  # it repeats the forward pass with the module's own parameters
+    except Exception:
         return None
     if math.isinf(least):  # nowhere finite beside the parameters
         return None
     raise BadObjective(
         f"Second derivatives are wrong: a Hessian product of the first batch is {least:.1%} off the finite difference "
         "of gradients.",
-        "Look for custom autograd Functions and detach(), and turn gradient checkpointing off.",
+        "Look for custom autograd Functions and detach().",
     )
 
 
@@ -220,13 +268,6 @@ def _norm(tensors: Iterable[Tensor]) -> float:
     return math.hypot(*(float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in tensors))
 
 
-def _checkpointed(error: Exception) -> BadObjective:
-    return BadObjective(
-        f"The model uses gradient checkpointing, which repeats its forward passes: {one_line(error)}.",
-        "Turn it off: model.gradient_checkpointing_disable() in Hugging Face's models.",
-    )
-
-
 def explained(error: Exception, number: int) -> CurvatureError:
     """An error of the user's model or loss in batch `number`, or of torch about it, in our words."""
     if isinstance(error, CurvatureError):
@@ -240,8 +281,6 @@ def explained(error: Exception, number: int) -> CurvatureError:
             f"The model has no second derivatives: {one_line(error)}.",
             "Replace that layer or loss by plain torch operations (attention: the math or eager implementation).",
         )
-    if CHECKPOINT in str(error):
-        return _checkpointed(error)
     return BadObjective(
         f"The model or the loss failed on batch {number}: {one_line(error)}.",
         "Check that inputs and targets have the shapes and dtypes they expect.",

@@ -5,8 +5,8 @@ Reverse-over-reverse differentiates torch's own backward formulas. Some have no 
 only those, are replaced by formulas whose every derivative is right; each stand-in says what it mends.
 
 Calls from Python and the operators of `torch.export` graphs are seen; inside TorchScript only attention is
-mended. The forward pass has to run inside. Non-reentrant checkpointing repeats it during the backward passes:
-if these run inside too, attention is mended there, anything else is torch's CheckpointError.
+mended. Gradient checkpointing is left out: the backward passes that repeat the forward pass come after it, when the
+module has its own parameters again, and the graph of a gradient holds what checkpointing would save anyway.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
 _aten = torch.ops.aten  # what exported graphs call, with other argument orders than torch.nn.functional
 _REWRITES: dict[Any, tuple[str, Callable[..., Any]]] = {}  # torch function: name it is counted by, stand-in
@@ -44,8 +46,29 @@ def twice_differentiable(module: nn.Module | None = None) -> Iterator[Counter[st
     Counter({'cdist': 1})
     """
     eagerly = torch.compiler.set_stance("force_eager") if _compiled(module) else nullcontext()
-    with eagerly, sdpa_kernel(SDPBackend.MATH), _Rewriting() as rewriting:
+    with eagerly, sdpa_kernel(SDPBackend.MATH), _Rewriting() as rewriting, _checkpointing_nothing(rewriting.counts):
         yield rewriting.counts
+
+
+@contextmanager
+def _checkpointing_nothing(counts: Counter[str]) -> Iterator[None]:
+    """Context in which `torch.utils.checkpoint.checkpoint`, however it was imported, just calls the function."""
+
+    class Reentrant:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+            counts["checkpoint"] += 1
+            return function(*args)
+
+    def around_the_call(*args: Any, **kwargs: Any) -> Iterator[None]:
+        counts["checkpoint"] += 1
+        yield
+
+    with (
+        patch.object(checkpoint, "CheckpointFunction", Reentrant),
+        patch.object(checkpoint, "_checkpoint_without_reentrant_generator", around_the_call),
+    ):
+        yield
 
 
 def _compiled(module: nn.Module | None) -> bool:

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvature.errors import BadObjective
-from curvature.objective.batches import leading, split
+from curvature.errors import BadObjective, listing
+from curvature.objective.batches import leading, lengths, mapped, split, targets_of
 from curvature.objective.call import call_with
 from curvature.objective.losses import Loss, described
 
@@ -37,6 +37,7 @@ class OutputLoss:
     def outputs(self, tensors: Tensors, batch: Any) -> tuple[Tensor, Any]:
         """(outputs, targets) for the batch."""
         inputs, targets = split(batch)
+        inputs = _copied(inputs)
         args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (_positional(inputs), {})
         return _tensor_of(call_with(self.module, dict(tensors), args, dict(kwargs))), targets
 
@@ -64,6 +65,9 @@ class OutputLoss:
             )
         self.loss.check(outputs, targets)
 
+    def check_counted(self, batch: Any) -> None:
+        """The loss counts its terms."""
+
 
 @dataclass(frozen=True)
 class ScalarLoss:
@@ -77,16 +81,21 @@ class ScalarLoss:
     def name(self) -> str:
         return getattr(self.function, "__qualname__", type(self.function).__qualname__)
 
-    def outputs(self, tensors: Tensors, batch: Any) -> tuple[Tensor, Any]:
-        raise BadObjective(
+    @property
+    def no_outputs(self) -> BadObjective:
+        """The error of asking for what needs the outputs of the model."""
+        return BadObjective(
             f"{self.name} returns a scalar, and a Gauss-Newton matrix needs the model's outputs.",
             "Build the objective with Objective.of(model, loss, data), or ask for the Hessian.",
         )
 
+    def outputs(self, tensors: Tensors, batch: Any) -> tuple[Tensor, Any]:
+        raise self.no_outputs
+
     def total(self, tensors: Tensors, batch: Any) -> Float[Tensor, ""]:
         """The loss of the batch times its number of terms."""
         bound = _Bound(self.module, self.function)
-        loss = call_with(bound, {f"module.{name}": t for name, t in tensors.items()}, (batch,), {})
+        loss = call_with(bound, {f"module.{name}": t for name, t in tensors.items()}, (_copied(batch),), {})
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             came = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise BadObjective(f"The loss must be a scalar tensor, but {came} came.", "Average it: loss.mean().")
@@ -100,23 +109,33 @@ class ScalarLoss:
         """Raise BadObjective when the loss is no scalar."""
         self.total(tensors, batch)
 
+    def check_counted(self, batch: Any) -> None:
+        """Raise BadObjective when the number of terms would be a guess, of which only a single batch is independent."""
+        found = sorted(lengths(batch))
+        if self.terms is None and len(found) > 1:
+            raise _uncounted(f"whose tensors have {listing(found)} entries")
+
 
 def counted(module: nn.Module, batch: Any) -> int:
-    """How many terms a mean loss of this batch is over: labels that are not -100, else the length of the first axis.
+    """How many terms a mean loss of this batch is over: integer targets that are not -100, else the number of examples.
 
     Hugging Face's causal models compare each position with the next label, so that the first label counts for nothing.
     """
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if isinstance(labels, Tensor) and not labels.is_floating_point():
-        causal = labels.ndim == 2 and type(module).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-        return int(((labels[:, 1:] if causal else labels) != -100).sum())
+    targets = targets_of(batch)
+    if isinstance(targets, Tensor) and not targets.is_floating_point() and targets.ndim:
+        causal = targets.ndim == 2 and type(module).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+        return int(((targets[:, 1:] if causal else targets) != -100).sum())
     length = leading(batch)
     if length is None:
-        raise BadObjective(
-            f"How many terms a batch of type {type(batch).__name__} averages over cannot be read from it.",
-            "Pass terms=lambda batch: ... to Objective.from_loss.",
-        )
+        raise _uncounted(f"of type {type(batch).__name__}")
     return length
+
+
+def _uncounted(kind: str) -> BadObjective:
+    return BadObjective(
+        f"How many terms a batch {kind} averages over cannot be read from it.",
+        "Pass terms=lambda batch: ... to Objective.from_loss (1 if the loss is a sum over what a batch holds).",
+    )
 
 
 class _Bound(nn.Module):
@@ -138,8 +157,13 @@ def _unshifted(ids: Any, labels: Any) -> bool:
     return bool(kept.any() and (ids == labels)[kept].all())
 
 
+def _copied(batch: Any) -> Any:
+    """The batch with copies of its tensors: a model may begin with an operation in place."""
+    return mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
+
+
 def _positional(inputs: Any) -> tuple[Any, ...]:
-    return inputs if isinstance(inputs, tuple) else (inputs,)
+    return inputs if type(inputs) is tuple else (inputs,)  # a PackedSequence, for one, is a tuple and one argument
 
 
 def _tensor_of(outputs: Any) -> Tensor:

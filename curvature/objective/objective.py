@@ -5,7 +5,6 @@ Everything downstream (operators, probes, diagnostics) asks an Objective and rea
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -18,15 +17,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvature.errors import BadObjective, listing
+from curvature.errors import BadObjective, NonFinite, listing
 from curvature.linalg.operator import Meter
-from curvature.objective.batches import BATCH, Batches, moved
-from curvature.objective.check import Health, examine, explained
+from curvature.objective.batches import Batches, Cut, digest, split
+from curvature.objective.check import Health, examine
 from curvature.objective.compat import twice_differentiable
 from curvature.objective.function import OutputLoss, ScalarLoss, cast
 from curvature.objective.guard import frozen_randomness, in_mode
 from curvature.objective.losses import Loss, as_loss
 from curvature.objective.params import ParamSpace, Select, chosen, nothing_selected, predicate
+from curvature.objective.passes import Passes
 from curvature.objective.products import gradient_of
 
 Mode = Literal["eval", "train"]
@@ -62,16 +62,18 @@ class Objective:
         select: Select | None = None,
         mode: Mode = "eval",
         dtype: torch.dtype | None = None,
-        batch_size: int | None = BATCH,
+        batch_size: Cut = "auto",
         seed: int = 0,
     ) -> Objective:
         """The objective of a model whose outputs `loss` compares with targets.
 
-        `loss` is a Loss, an `nn.*Loss` module or a name; `data` a DataLoader, a list of batches, or a tuple (inputs,
-        targets) of tensors, read `batch_size` examples at a time. A batch is (inputs, targets), or a dict whose
-        "labels" (or "targets") are compared and whose rest are keywords of the model. `select` names parameters by
-        globs or a predicate; all trainable ones by default. `dtype` is that of the computation: by default that of the
-        parameters, float32 for half precision. Raises BadObjective, before anything is computed.
+        `loss` is a Loss, an `nn.*Loss` module, a name, or any function of (outputs, targets) that is a mean over
+        examples (it has a Hessian only). `data` is a DataLoader, a list of batches, or a tuple (inputs, targets) of
+        tensors, read `batch_size` examples at a time (256; None is for models that couple examples). A batch is
+        (inputs, targets), or a dict whose "labels" (or "targets") are compared and whose rest are keywords of the
+        model. `select` names parameters by globs or a predicate; all trainable ones by default. `dtype` is that of the
+        computation: by default that of the parameters, float32 for half precision. Raises BadObjective, before anything
+        is computed.
         """
         function = OutputLoss(_unwrapped(module), as_loss(loss))
         return cls._make(function, Batches.of(data, batch_size=batch_size), select, mode, dtype, seed)
@@ -87,7 +89,7 @@ class Objective:
         select: Select | None = None,
         mode: Mode = "eval",
         dtype: torch.dtype | None = None,
-        batch_size: int | None = None,
+        batch_size: Cut = None,
         seed: int = 0,
     ) -> Objective:
         """The objective of any scalar `loss(module, batch)`, a mean over `terms(batch)` terms. Hessian only.
@@ -134,30 +136,12 @@ class Objective:
         return ParamSpace.of(self.params)
 
     def average(self, term: Callable[[Any], Tensor]) -> Tensor:
-        """The sum of `term(batch)` over the data divided by the number of terms: the only loop over the data.
+        """The sum of `term(batch)` over the data divided by the number of terms, in one pass over the data.
 
         `term` sees each batch on the device and in the dtype of the parameters, inside the context in which models are
         called, from a random state that depends only on `seed` and the place of the batch.
         """
-        total, weight = None, 0.0
-        with self.context():
-            for index, batch in enumerate(self.batches):
-                batch = moved(batch, self.space.device, self.space.dtype)
-                try:
-                    with self.randomness(index):
-                        terms = self.function.weight(batch)
-                        value = term(batch) if terms else None  # a mean over no terms is not a number
-                except Exception as error:  # models and losses can raise anything
-                    raise explained(error, index + 1) from error
-                if value is not None:
-                    total, weight = value if total is None else total + value, weight + terms
-        self.meter.passes += 1
-        if total is None:
-            raise BadObjective(
-                "The data has no terms: no batch came, or every target is ignored.",
-                "Check the path and the filters.",
-            )
-        return total / weight
+        return Passes(self).average(term)
 
     def total(self, tensors: Mapping[str, Tensor], batch: Any) -> Float[Tensor, ""]:
         """The sum of the loss over the terms of a batch, with `tensors` as the selected parameters."""
@@ -166,6 +150,17 @@ class Objective:
     def outputs(self, tensors: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, Any]:
         """The model's outputs for a batch, and its targets; BadObjective when the loss is a bare scalar."""
         return self.function.outputs(self.complete(tensors), batch)
+
+    def targets(self, batch: Any) -> Any:
+        """The targets of a batch."""
+        return split(batch)[1]
+
+    @property
+    def loss(self) -> Loss:
+        """The loss of outputs and targets; BadObjective when the objective was made from a bare scalar."""
+        if isinstance(self.function, OutputLoss):
+            return self.function.loss
+        raise self.function.no_outputs
 
     def value(self) -> float:
         """L at the parameters."""
@@ -190,14 +185,17 @@ class Objective:
             if params.shape != (space.size,):
                 raise ValueError(f"Expected a flat vector of {space.size} numbers, but got {tuple(params.shape)}.")
             params = space.named(params)
+        if any(not torch.isfinite(t).all() for t in params.values()):
+            raise NonFinite("The given parameters are not all finite.", "Shorten the step that led there.")
         if {name: t.shape for name, t in params.items()} != dict(zip(space.names, space.shapes, strict=True)):
             raise ValueError(f"Expected a tensor for each of {listing(space.names)}, of its shape, as in `.params`.")
         return replace(self, params=cast({name: params[name] for name in space.names}, space.device, space.dtype))
 
-    def on(self, data: Any, *, batch_size: int | None = BATCH) -> Objective:
+    def on(self, data: Any, *, batch_size: Cut = "auto") -> Objective:
         """The same function on other data, not checked again."""
-        cut = batch_size if isinstance(self.function, OutputLoss) else None
-        return replace(self, batches=replace(Batches.of(data, batch_size=cut), seed=self.seed))
+        if isinstance(self.function, ScalarLoss) and batch_size == "auto":  # the loss may couple the examples
+            batch_size = None
+        return replace(self, batches=replace(Batches.of(data, batch_size=batch_size), seed=self.seed))
 
     def first(self, examples: int | None) -> Objective:
         """The same function on the first so many examples of the data only; on all of it for None."""
@@ -259,12 +257,8 @@ class Objective:
     @cached_property
     def fingerprint(self) -> dict[str, str]:
         """Hashes of the values of all parameters and buffers, and of the data."""
-        model = hashlib.sha256()
-        for name, tensor in sorted({**self.params, **self.frozen, **self.buffers}.items()):
-            model.update(name.encode())
-            model.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        data = hashlib.sha256("".join(self.batches.digests()).encode())
-        return {"model": model.hexdigest(), "data": data.hexdigest()}
+        model = dict(sorted({**self.params, **self.frozen, **self.buffers}.items()))
+        return {"model": digest(model), "data": digest(self.batches.digests)}
 
     def save(self, path: str | Path, *, data: str | Path | None = None) -> Path:
         """Write a file from which `Objective.load` and the command line rebuild this objective; returns its path.
@@ -284,7 +278,7 @@ class Objective:
         trust: bool = False,
         arch: Callable[[], nn.Module] | None = None,
         data: Any = None,
-        batch_size: int | None = BATCH,
+        batch_size: Cut = "auto",
     ) -> Objective:
         """The objective that `save` wrote. Raises UnsafeFile when it names code, unless `trust`, or `arch` makes the
         model; `data` replaces the stored data, as `on` does."""

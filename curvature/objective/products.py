@@ -6,15 +6,13 @@ derivatives or vmap do. Pearlmutter 1994; Schraudolph 2002 for the Gauss-Newton 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvature.errors import BadObjective
-from curvature.objective.function import OutputLoss
 from curvature.objective.params import ParamSpace
 
 if TYPE_CHECKING:
@@ -35,7 +33,7 @@ def gradient_of(objective: Objective, batch: Any) -> Float[Tensor, " n"]:
     """The gradient of the batch's total, flat."""
     leaves = objective.leaves()
     total = objective.total(leaves, batch)
-    return _pulled(objective.space, list(leaves.values()), [total], [torch.ones_like(total)])
+    return pulled(objective.space, list(leaves.values()), [total], [torch.ones_like(total)])
 
 
 def hessian_rows(
@@ -45,33 +43,10 @@ def hessian_rows(
     rows: Float[Tensor, "k n"],
 ) -> Float[Tensor, "k n"]:
     """The Hessian times each row, from the graph of the gradients."""
-    return torch.stack([_pulled(space, list(leaves.values()), grads, space.unflatten(row)) for row in rows])
+    return torch.stack([pulled(space, list(leaves.values()), grads, space.unflatten(row)) for row in rows])
 
 
-def ggn_rows(objective: Objective, batch: Any, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
-    """J^T M J times each row: J the Jacobian of the batch's outputs, M the loss Hessian at them.
-
-    J v is the derivative of the linear map w -> J^T w, taken by a second backward through its graph.
-    """
-    space, function = objective.space, objective.function
-    leaves = objective.leaves()
-    outputs, targets = objective.outputs(leaves, batch)
-    assert isinstance(function, OutputLoss)  # else objective.outputs has raised
-    if "ggn" not in function.loss.offers:
-        raise BadObjective(f"{function.name} has no Gauss-Newton matrix.", "Ask for the Hessian.")
-    cotangent = torch.zeros_like(outputs, requires_grad=True)
-    inputs = list(leaves.values())
-    pulled = torch.autograd.grad(outputs, inputs, cotangent, create_graph=True, allow_unused=True)
-    logits = outputs.detach()
-    products = []
-    for row in rows:
-        pushed = _pulled_one(cotangent, pulled, space.unflatten(row))
-        seed = function.loss.hessian_product(logits, targets, pushed)
-        products.append(_pulled(space, inputs, [outputs], [seed]))
-    return torch.stack(products)
-
-
-def _pulled(
+def pulled(
     space: ParamSpace, inputs: list[Tensor], outputs: Sequence[Tensor | None], cotangents: Sequence[Tensor]
 ) -> Float[Tensor, " n"]:
     """The vector-Jacobian product of `outputs`, flat; zero where nothing is connected."""
@@ -89,8 +64,34 @@ def _pulled(
     return space.flatten(grads)
 
 
-def _pulled_one(cotangent: Tensor, pulled: Sequence[Tensor | None], tangents: Sequence[Tensor]) -> Tensor:
-    """The Jacobian-vector product: the derivative of the pulled-back gradients with respect to their cotangent."""
+class Jacobian(NamedTuple):
+    """J of a batch's outputs: `push` maps v (n,) to J v, shaped like the outputs, and `pull` maps such u to J^T u."""
+
+    outputs: Tensor
+    targets: Any
+    push: Callable[[Tensor], Tensor]
+    pull: Callable[[Tensor], Tensor]
+
+
+def jacobian_graph(objective: Objective, batch: Any) -> Jacobian:
+    """J of the batch, from one graph: J v is the derivative of the linear map u -> J^T u, by a second backward."""
+    space, leaves = objective.space, objective.leaves()
+    inputs = list(leaves.values())
+    outputs, targets = objective.outputs(leaves, batch)
+    cotangent = torch.zeros_like(outputs, requires_grad=True)
+    transposed: Sequence[Tensor | None] = [None] * len(inputs)
+    if outputs.requires_grad:
+        transposed = torch.autograd.grad(outputs, inputs, cotangent, create_graph=True, allow_unused=True)
+    return Jacobian(
+        outputs.detach(),
+        targets,
+        push=lambda row: _pushed(cotangent, transposed, space.unflatten(row)),
+        pull=lambda tangent: pulled(space, inputs, [outputs], [tangent]),
+    )
+
+
+def _pushed(cotangent: Tensor, pulled: Sequence[Tensor | None], tangents: Sequence[Tensor]) -> Tensor:
+    """The derivative of the pulled-back gradients with respect to their cotangent, along `tangents`."""
     pairs = [(p, t) for p, t in zip(pulled, tangents, strict=True) if p is not None and p.requires_grad]
     if not pairs:
         return torch.zeros_like(cotangent)

@@ -25,7 +25,7 @@ from curvature.io.data import read_data
 from curvature.io.files import sha256, write_atomically
 from curvature.io.recognise import OBJECTIVE_FORMAT
 from curvature.io.weights import read_tensors
-from curvature.objective.batches import BATCH, Batches, leading, mapped
+from curvature.objective.batches import Batches, Cut, leading, mapped, whole
 from curvature.objective.function import OutputLoss, ScalarLoss
 from curvature.objective.losses import by_class_name, written
 
@@ -67,7 +67,7 @@ def load(
     trust: bool = False,
     arch: Callable[[], nn.Module] | None = None,
     data: Any = None,
-    batch_size: int | None = BATCH,
+    batch_size: Cut = "auto",
 ) -> Objective:
     """The objective that `save` wrote; `arch` makes the module where it is no stock one, `data` replaces its data.
 
@@ -185,8 +185,9 @@ def _data_entry(objective: Objective, path: Path, data: str | Path | None) -> di
 
 
 def _file_entry(objective: Objective, path: Path, data: Path) -> dict[str, Any]:
-    size = leading(next(iter(objective.batches), ()))
-    if Batches.of(read_data(data), batch_size=size).digests() != objective.batches.digests():
+    held = read_data(data)
+    size = leading(next(iter(objective.batches), ())) if whole(held) else None
+    if Batches.of(held, batch_size=size).digests != objective.batches.digests:
         raise BadObjective(
             f"{data} does not hold the data of this objective, batch for batch.",
             "Build the objective from that file, or save without `data`.",

@@ -1,19 +1,184 @@
-"""The generalised Gauss-Newton matrix: the Hessian with the model replaced by its linearisation."""
+"""Products J^T M J, J the Jacobian of the outputs: the generalised Gauss-Newton matrix and the Fisher matrices.
+
+They differ only in the map M of the outputs: the Hessian of the loss, or outer products of residuals at targets that
+are drawn from the model, or at the real ones.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from curvature.linalg.operator import LinearOperator
+from curvature.objective.batches import leading
+from curvature.objective.losses import Likelihood, lacking
 from curvature.objective.objective import Objective
-from curvature.objective.products import ggn_rows
-from curvature.operators.engine import ObjectiveOperator
+from curvature.objective.products import gradient_of, jacobian_graph
+from curvature.operators.engine import Engine, Linear, Memory, ObjectiveOperator, Recipe
 
 
-def ggn(objective: Objective) -> LinearOperator:
+class Middle(Protocol):
+    """What the Jacobian is wrapped around: for a batch, given its number, outputs and targets, a map of tangents."""
+
+    def __call__(self, index: int, outputs: Tensor, targets: Any) -> Callable[[Tensor], Tensor]: ...
+
+
+def ggn(objective: Objective, *, engine: Engine = "auto", memory: Memory = "auto") -> LinearOperator:
     """G = mean over terms of J^T M J, (n, n), psd: J the Jacobian of the outputs, M the Hessian of the loss at them.
 
     The Hessian is G plus residuals times second derivatives of the model. For cross-entropy and squared error G is the
-    Fisher information. Needs outputs and a Loss with a closed-form Hessian product: Objective.of, not from_loss.
+    Fisher information. Needs outputs and a convex Loss: Objective.of, not from_loss.
 
     Schraudolph 2002, Fast curvature matrix-vector products; Martens 2020 (arXiv:1412.1193).
     """
-    return ObjectiveOperator("ggn", objective, ggn_rows, psd=True)
+    return gauss_newton("ggn", objective, _curved(objective), engine=engine, memory=memory)
+
+
+def fisher(
+    objective: Objective, *, samples: int = 1, seed: int = 0, engine: Engine = "auto", memory: Memory = "auto"
+) -> LinearOperator:
+    """F = mean over terms of J^T r r^T J, (n, n), psd, r residuals at `samples` targets drawn from the model itself.
+
+    An unbiased estimate of the Fisher information, which for most losses is the GGN: exact, without sampling. The
+    draws depend on `seed` and the order of the examples, not on how they are batched, so that F is one matrix.
+
+    Martens 2020 (arXiv:1412.1193); Kunstner, Balles & Hennig 2019 (arXiv:1905.12558).
+    """
+    if samples < 1:
+        raise ValueError(f"A Fisher matrix needs at least one sample, but got samples={samples}.")
+    middle = _Sampled(_likelihood(objective, "fisher"), samples, seed)
+    return gauss_newton("fisher", objective, middle, engine=engine, memory=memory)
+
+
+def empirical_fisher(objective: Objective, *, engine: Engine = "auto", memory: Memory = "auto") -> LinearOperator:
+    """E = mean over terms of J^T r r^T J, (n, n), psd, r the residual at the real target: squared gradients of terms.
+
+    Not the Fisher information: it vanishes with the residuals (Kunstner, Balles & Hennig 2019, arXiv:1905.12558). A
+    term is an example, or a token where every position has a target of its own.
+    """
+    middle = _Observed(_likelihood(objective, "empirical_fisher"))
+    return gauss_newton("empirical_fisher", objective, middle, engine=engine, memory=memory)
+
+
+def gradient_covariance(objective: Objective, *, engine: Engine = "auto", memory: Memory = "auto") -> LinearOperator:
+    """C = mean over examples of g_i g_i^T, less g g^T, (n, n), psd: the covariance of the gradients g_i of examples.
+
+    g is the gradient of the objective and the mean of all g_i; C / B is the covariance of the gradient of B examples
+    drawn with replacement, the noise of SGD. An example is an entry of the first axis of the outputs, with all the
+    terms that it has. The first product takes two passes more, for g and the number of examples.
+    """
+    middle = _Observed(_likelihood(objective, "gradient_covariance"), whole=True)
+    uncentred = gauss_newton("gradient_second_moment", objective, middle, engine=engine, memory=memory)
+    return _Covariance(objective, uncentred)
+
+
+class _Covariance(LinearOperator):
+    symmetric = psd = True
+
+    def __init__(self, objective: Objective, uncentred: LinearOperator) -> None:
+        self.objective, self.parts = objective, (uncentred,)
+        self.domain = self.codomain = objective.space
+
+    @cached_property
+    def mean(self) -> Float[Tensor, "1 n"]:
+        """The gradient of the data, without regulariser."""
+        return self.objective.average(lambda batch: gradient_of(self.objective, batch)).unsqueeze(0)
+
+    @cached_property
+    def examples(self) -> float:
+        """The number of examples over that of terms."""
+        return float(self.objective.average(lambda batch: torch.tensor(float(leading(batch) or 1))))
+
+    def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
+        # with N examples of T terms and sums s_i of gradients: g_i = s_i N/T, the operator is (1/T) sum_i s_i s_i^T
+        along = self.domain.inner(rows, self.mean)
+        return self.parts[0].apply(rows) * self.examples - self.domain.combine(along, self.mean)
+
+
+def gauss_newton(
+    name: str, objective: Objective, middle: Middle, *, engine: Engine = "auto", memory: Memory = "auto"
+) -> LinearOperator:
+    """The mean over terms of J^T M J with M what `middle` makes of outputs and targets."""
+    recipe = Recipe(partial(_reverse, middle), partial(_forward, middle), spare=True)
+    return ObjectiveOperator(name, objective, recipe, psd=True, engine=engine, memory=memory)
+
+
+def _reverse(middle: Middle, objective: Objective, index: int, batch: Any) -> Linear:
+    J = jacobian_graph(objective, batch)
+    times = middle(index, J.outputs, J.targets)
+    return lambda row: J.pull(times(J.push(row)))
+
+
+def _forward(middle: Middle, objective: Objective, index: int, batch: Any) -> Linear:
+    space = objective.space
+    flat = space.flatten(objective.params.values())
+
+    def model(vector: Tensor) -> Tensor:
+        return objective.outputs(space.named(vector), batch)[0]
+
+    outputs, pull = torch.func.vjp(model, flat)
+    times = middle(index, outputs.detach(), objective.targets(batch))
+
+    def product(row: Tensor) -> Tensor:
+        return pull(times(torch.func.jvp(model, (flat,), (row,))[1]))[0]
+
+    return product
+
+
+def _curved(objective: Objective) -> Middle:
+    """M of the GGN: the closed-form Hessian product of the loss."""
+    loss = objective.loss
+    if "ggn" not in loss.offers:
+        raise lacking(loss, "ggn")
+    return lambda index, outputs, targets: partial(loss.hessian_product, outputs, targets)
+
+
+def _likelihood(objective: Objective, name: str) -> Likelihood:
+    loss = objective.loss
+    if "sample" in loss.offers and isinstance(loss, Likelihood):
+        return loss
+    raise lacking(loss, name)
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """M of the empirical Fisher: u -> r (r . u), r the residual of the term, or of the `whole` example."""
+
+    loss: Likelihood
+    whole: bool = False
+
+    def __call__(self, index: int, outputs: Tensor, targets: Any) -> Callable[[Tensor], Tensor]:
+        event = tuple(range(1, outputs.ndim)) if self.whole else self.loss.event(outputs, targets)
+        return partial(_squared, [self.loss.residual(outputs, targets)], event)
+
+
+class _Sampled:
+    """M of the Fisher: the same with sampled residuals, averaged over the samples."""
+
+    def __init__(self, loss: Likelihood, samples: int, seed: int) -> None:
+        self.loss, self.samples, self.seed = loss, samples, seed
+        self.generators: list[torch.Generator] = []  # one a sample, that runs through the examples of a pass in order
+
+    def __call__(self, index: int, outputs: Tensor, targets: Any) -> Callable[[Tensor], Tensor]:
+        if index == 0:
+            seeds = torch.Generator().manual_seed(self.seed)
+            draws = torch.randint(2**62, (self.samples,), generator=seeds).tolist()
+            self.generators = [torch.Generator().manual_seed(draw) for draw in draws]
+
+        def uniform(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+            return torch.rand(shape, generator=generator, dtype=torch.float64).to(outputs.device)
+
+        residuals = [self.loss.sample(outputs, targets, partial(uniform, g)) for g in self.generators]
+        return partial(_squared, residuals, self.loss.event(outputs, targets))
+
+
+def _squared(residuals: list[Tensor], event: tuple[int, ...], tangent: Tensor) -> Tensor:
+    """The mean over the residuals r of r (r . u), the inner product over the axes of a term."""
+    products = [r * (r * tangent).sum(event, keepdim=True) if event else r * r * tangent for r in residuals]
+    return sum(products[1:], products[0]) / len(products)

@@ -4,25 +4,40 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from curvature.linalg.operator import LinearOperator
 from curvature.objective.objective import Objective
-from curvature.objective.products import gradient_graph, hessian_rows
-from curvature.operators.engine import ObjectiveOperator
+from curvature.objective.products import gradient_graph, pulled
+from curvature.operators.engine import Engine, Linear, Memory, ObjectiveOperator, Recipe
 
 
-def hessian(objective: Objective) -> LinearOperator:
+def hessian(objective: Objective, *, engine: Engine = "auto", memory: Memory = "auto") -> LinearOperator:
     """The Hessian of the mean loss over all terms of the data, (n, n) for n selected parameters, exact.
 
-    A product with a block of vectors is one pass over the data: per batch one graph of the gradient, and one backward
-    through it for each vector (about 1.5 gradients each). With ReLU it is the Hessian almost everywhere.
+    A product with a block of vectors is one pass over the data: per batch one graph of the gradient, kept within
+    `memory` bytes (a quarter of what is free), and one backward through it for each vector (1.5 to 2 gradients). With
+    ReLU it is the Hessian almost everywhere.
 
     Pearlmutter 1994, Fast exact multiplication by the Hessian.
     """
-    return ObjectiveOperator("hessian", objective, _rows)
+    return ObjectiveOperator("hessian", objective, Recipe(_reverse, _forward), engine=engine, memory=memory)
 
 
-def _rows(objective: Objective, batch: Any, rows: Tensor) -> Tensor:
+def _reverse(objective: Objective, index: int, batch: Any) -> Linear:
+    space = objective.space
     leaves, grads = gradient_graph(objective, batch)
-    return hessian_rows(objective.space, leaves, grads, rows)
+    inputs = list(leaves.values())
+    return lambda row: pulled(space, inputs, grads, space.unflatten(row))
+
+
+def _forward(objective: Objective, index: int, batch: Any) -> Linear:
+    space = objective.space
+    flat = space.flatten(objective.params.values())
+    gradient = torch.func.grad(lambda vector: objective.total(space.named(vector), batch))
+
+    def product(row: Tensor) -> Tensor:
+        return torch.func.jvp(gradient, (flat,), (row,))[1]
+
+    return product

@@ -134,7 +134,7 @@ class Noisy(Dataset):
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_random_augmentation_repeats_its_draws(workers):
     batches = Batches.of(DataLoader(Noisy(), batch_size=2, shuffle=True, num_workers=workers))
-    assert batches.digests() == batches.digests()
+    assert batches.digested() == batches.digested()
 
 
 def test_reading_leaves_the_generators_alone():
@@ -150,7 +150,7 @@ def test_reading_leaves_the_generators_alone():
 
 def test_what_the_reader_draws_does_not_change_the_data():
     batches = Batches.of(DataLoader(Noisy(), batch_size=2))
-    quiet = batches.digests()
+    quiet = batches.digested()
     loud = []
     for batch in batches:
         torch.randn(3), random.random(), np.random.rand()
@@ -167,7 +167,7 @@ def test_first_cuts_the_last_batch(count, lengths):
         first = source.first(count)
         assert [leading(batch) for batch in first] == lengths
         assert seen(first) == seen(source)[:count]
-        assert first.digests() == first.digests()
+        assert first.digested() == first.digested()
 
 
 def test_first_of_arrays_dicts_and_scalars():

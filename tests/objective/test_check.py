@@ -490,3 +490,146 @@ def test_rewrites_are_told():
 
     assert classifier(Attending()).check().rewrites["attention"] > 0
     assert classifier(perceptron()).check().rewrites == {}
+
+
+# Tensors that were cut into batches
+
+
+class TimeFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)[0]
+
+
+class Batched(nn.Module):
+    """Normalises over the examples of the call, in evaluation too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.last = nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(x))
+
+
+class Graph(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        return self.last(adjacency @ x)
+
+
+COUPLED = {
+    "time-first": (TimeFirst(), (torch.randn(300, 5, 2), torch.randint(0, 3, (300, 5))), "has the loss"),
+    "batch-statistics": (Batched(), (torch.randn(300, 4), torch.randint(0, 3, (300,))), "has the loss"),
+    "graph": (Graph(), (torch.randn(300, 4), torch.rand(300, 300), torch.randint(0, 3, (300,))), "fails on the first"),
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_what_does_not_fall_into_examples_is_not_cut_silently(name):
+    model, data, words = COUPLED[name]
+    with pytest.raises(cv.BadObjective, match=rf"cut into batches along .*{words}.*Pass batch_size=None"):
+        cv.Objective.of(model, cv.CrossEntropy(axis=-1), data).check()
+    whole = cv.Objective.of(model, cv.CrossEntropy(axis=-1), data, batch_size=None)
+    whole.check()
+    rows = torch.stack([torch.ones(whole.space.size)])
+    logits = model(*data[:-1])
+    loss = nn.functional.cross_entropy(logits.flatten(0, -2), data[-1].flatten())
+    params = list(model.parameters())
+    gradient = torch.autograd.grad(loss, params, create_graph=True)
+    product = torch.autograd.grad(gradient, params, [torch.ones_like(p) for p in params], materialize_grads=True)
+    expected = torch.cat([p.reshape(-1) for p in product])
+    torch.testing.assert_close(cv.hessian(whole).apply(rows)[0], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_sparse_tensors_are_batches_like_others():
+    """A graph as a sparse matrix: never cut, hashed by what it holds."""
+    adjacency = (torch.rand(20, 20) < 0.2).double().to_sparse()
+    x, y = torch.randn(20, 4).double(), torch.randint(0, 3, (20,))
+
+    class Sparse(Graph):
+        def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+            return self.last(torch.sparse.mm(adjacency, x))
+
+    model, dense = Sparse().double(), Graph().double()
+    dense.load_state_dict(model.state_dict())
+    objective = cv.Objective.of(model, "cross-entropy", (x, adjacency, y))
+    expected = cv.hessian(cv.Objective.of(dense, "cross-entropy", [(x, adjacency.to_dense(), y)]))
+    torch.testing.assert_close(cv.hessian(objective).dense(), expected.dense())
+    assert cv.eigsh(cv.hessian(objective), 2).converged.all()
+    other = objective.on([(x, (2 * adjacency).coalesce(), y)])
+    assert other.fingerprint["data"] != objective.fingerprint["data"]
+
+
+def test_models_that_change_their_inputs_in_place_change_copies():
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(x.sub_(0.5).clamp_(0))
+
+    x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
+    before = x.clone()
+    objective = cv.Objective.of(InPlace(), "cross-entropy", (x, y))
+    value = objective.value()
+    cv.eigsh(cv.hessian(objective), 1)
+    assert torch.equal(x, before) and objective.value() == value
+
+
+def test_arrays_are_data_like_tensors():
+    x, y = torch.randn(7, 4), torch.randint(0, 3, (7,))
+    tensors = cv.Objective.of(Graph().last, "cross-entropy", (x, y))
+    arrays = tensors.on((x.numpy(), y.numpy()))
+    assert arrays.value() == tensors.value()
+    named = cv.Objective.of(Named(), "cross-entropy", {"x": x.numpy(), "labels": y.numpy()}, batch_size=3)
+    assert len(list(named.batches)) == 3 and named.check()
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x)
+
+
+def test_a_packed_sequence_is_one_argument():
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.last = nn.GRU(2, 3), nn.Linear(3, 2)
+
+        def forward(self, packed: nn.utils.rnn.PackedSequence) -> Tensor:
+            return self.last(self.rnn(packed)[1][0])
+
+    sequences = [torch.randn(length, 2) for length in (4, 2)]
+    packed = nn.utils.rnn.pack_sequence(sequences)
+    objective = cv.Objective.of(Packed(), "cross-entropy", [(packed, torch.tensor([0, 1]))])
+    assert objective.check().unused == ()
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        ([torch.zeros(4, 4), torch.zeros(4).long()], r"A batch is \(inputs, targets\), but a Tensor came. Give a list"),
+        ({"x": torch.zeros(4, 4), "labels": "no"}, "A dict of x, labels is no data set: not all of it are tensors"),
+    ],
+)
+def test_data_that_are_not_given_as_one_set(data, words):
+    with pytest.raises(cv.BadObjective, match=words):
+        cv.Objective.of(Named(), "cross-entropy", data).check()
+
+
+def test_a_batch_size_for_what_has_batches_is_refused():
+    batches = [(torch.zeros(4, 4), torch.zeros(4).long())]
+    with pytest.raises(ValueError, match="batch_size=7 is for whole tensors, but a list has batches"):
+        cv.Objective.of(Named(), "cross-entropy", batches, batch_size=7)

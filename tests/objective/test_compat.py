@@ -445,24 +445,29 @@ def test_recurrent_layers_have_the_products_of_the_cpu_on_cuda(kind):
     torch.testing.assert_close(products[1], products[0], rtol=1e-9, atol=1e-11)
 
 
-def test_attention_in_checkpointed_code_is_mended_when_the_backward_passes_are_inside_too():
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("function", [F.scaled_dot_product_attention, torch._weight_norm], ids=["attention", "norm"])
+def test_checkpointed_code_is_called_once_and_mended(function, use_reentrant):
     def checkpointed(*tensors: Tensor) -> Tensor:
-        return checkpoint(F.scaled_dot_product_attention, *tensors, use_reentrant=False)
+        return checkpoint(function, *tensors, use_reentrant=use_reentrant)
 
-    tensors, vector = ([torch.randn(heads) for _ in range(3)] for _ in range(2))
-    (expected,) = product_of(F.scaled_dot_product_attention, tensors, vector)
-    with twice_differentiable():
-        (product,) = product_of(checkpointed, tensors, vector)
-    torch.testing.assert_close(product, expected)
+    shapes = [heads] * 3 if function is F.scaled_dot_product_attention else [(3, 3), (3, 1)]
+    tensors, vector = ([torch.randn(shape) for shape in shapes] for _ in range(2))
+    expected = product_of(function, tensors, vector)
+    torch.testing.assert_close(product_of(checkpointed, tensors, vector), expected)
+    with twice_differentiable() as rewritten:
+        checkpointed(*tensors)
+    assert rewritten["checkpoint"] == 1
 
 
-def test_other_rewrites_in_checkpointed_code_are_refused_by_torch():
-    def checkpointed(v: Tensor, g: Tensor) -> Tensor:
-        return checkpoint(torch._weight_norm, v, g, use_reentrant=False)
-
-    tensors = [torch.randn(3, 3), torch.randn(3, 1)]
-    with pytest.raises(torch.utils.checkpoint.CheckpointError, match="number of tensors was saved"):
-        product_of(checkpointed, tensors, tensors)
+def test_checkpointing_is_as_before_outside():
+    before = torch.utils.checkpoint.CheckpointFunction
+    with pytest.raises(ZeroDivisionError), twice_differentiable():
+        checkpoint(lambda x: x / 0 if x.sum() else 1 / 0, torch.zeros(2), use_reentrant=False)
+    assert torch.utils.checkpoint.CheckpointFunction is before
+    with pytest.raises(RuntimeError, match="incompatible with"):
+        x = torch.ones(2, requires_grad=True)
+        torch.autograd.grad(checkpoint(torch.sin, x, use_reentrant=True).sum(), x)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import curvature as cv
-from curvature.objective.losses import as_loss, by_class_name, described, written
+from curvature.objective.losses import CLASSES, Likelihood, as_loss, by_class_name, described, written
 
 SHAPES = {  # of the outputs: classes last in two axes, then on axis 1 or last
     "examples": (5, 4),
@@ -151,6 +151,113 @@ def test_products_are_linear_symmetric_and_psd():
         assert torch.linalg.eigvalsh(M)[0] > -1e-14
 
 
+# Every likelihood: its derivatives, and what it draws
+
+
+def kl(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.kl_div(outputs.log_softmax(-1), targets, reduction="batchmean")
+
+
+def gaussian(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.gaussian_nll_loss(outputs[..., 0], targets, outputs[..., 1].exp())
+
+
+LIKELIHOODS = {  # loss, what torch computes, shape of the outputs, targets
+    "index": (cv.CrossEntropy(), F.cross_entropy, (5, 4), torch.tensor([0, 3, 1, 1, 2])),
+    "ignored": (
+        cv.CrossEntropy(label_smoothing=0.2, class_weights=WEIGHTS),
+        nn.CrossEntropyLoss(torch.tensor(WEIGHTS, dtype=torch.float64), label_smoothing=0.2),
+        (5, 4),
+        torch.tensor([0, -100, 1, 1, 2]),
+    ),
+    "probabilities": (cv.CrossEntropy(), F.cross_entropy, (5, 4), torch.rand(5, 4).double()),
+    "kl": (cv.KLDivergence(), kl, (5, 4), torch.rand(5, 4).double().softmax(-1)),
+    "bce": (cv.BinaryCrossEntropy(), F.binary_cross_entropy_with_logits, (4, 3), torch.rand(4, 3).double()),
+    "bce-weighted": (
+        cv.BinaryCrossEntropy(positive_weights=(0.5, 2.0, 3.0)),
+        nn.BCEWithLogitsLoss(pos_weight=torch.tensor([0.5, 2, 3]).double()),
+        (4, 3),
+        torch.randint(0, 2, (4, 3)).double(),
+    ),
+    "mse": (cv.SquaredError(), F.mse_loss, (4, 3), torch.randn(4, 3).double()),
+    "poisson": (cv.PoissonNLL(), F.poisson_nll_loss, (4, 3), torch.randint(0, 5, (4, 3)).double()),
+    "poisson-full": (cv.PoissonNLL(full=True), nn.PoissonNLLLoss(full=True), (4,), torch.randint(0, 5, (4,)).double()),
+    "gaussian": (cv.GaussianNLL(), gaussian, (4, 3, 2), torch.randn(4, 3).double()),
+}
+EACH = pytest.mark.parametrize("name", LIKELIHOODS)
+
+
+@EACH
+def test_value_and_derivatives_equal_torchs(name):
+    loss, torchs, shape, targets = LIKELIHOODS[name]
+    outputs = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    loss.check(outputs, targets)
+    mean = torchs(outputs, targets)
+    weight = loss.weight(targets)
+    torch.testing.assert_close(loss.total(outputs, targets) / weight, mean, rtol=1e-12, atol=1e-14)
+    (gradient,) = torch.autograd.grad(mean, outputs)
+    torch.testing.assert_close(loss.residual(outputs, targets) / weight, gradient, rtol=1e-10, atol=1e-14)
+    expected = hessian_of(lambda o: torchs(o, targets), outputs.detach())
+    torch.testing.assert_close(
+        product_matrix(loss, outputs.detach(), targets) / weight, expected, rtol=1e-10, atol=1e-13
+    )
+
+
+@EACH
+def test_a_sample_has_mean_zero_and_the_expected_hessian_as_second_moment(name):
+    """Exactly, by quadrature: the same example many times over, its random numbers on a grid."""
+    loss, _, shape, targets = LIKELIHOODS[name]
+    outputs = torch.randn(shape, dtype=torch.float64)
+    count = 20_000 if name not in ("gaussian",) else 400_000  # of a squared normal the tails weigh more
+    one, target = outputs[:1], targets[:1]
+    many, repeated = one.expand(count, *one.shape[1:]), target.expand(count, *target.shape[1:])
+    grid = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    step = 7919  # coordinates of one example run over the grid in different orders, so that they are independent
+
+    def uniform(size: tuple[int, ...]) -> Tensor:
+        columns = max(1, torch.Size(size[1:]).numel())
+        order = [(torch.arange(count) * step**power) % count for power in range(columns)]
+        return torch.stack([grid[o] if i == 0 else grid[o.flip(0).roll(i * 977)] for i, o in enumerate(order)], 1).view(
+            size
+        )
+
+    drawn = loss.sample(many, repeated, uniform).reshape(count, -1)
+    expected = product_matrix(loss, one, target)
+    if name == "gaussian":  # the Hessian itself depends on the targets: its expectation is diag(1/variance, 1/2)
+        expected = torch.stack([(-one[..., 1]).exp(), torch.full_like(one[..., 1], 0.5)], -1).reshape(-1).diag()
+    scale = float(expected.abs().max())
+    assert float(drawn.mean(0).abs().max()) < 1e-2 * max(scale, 1)
+    second = drawn.T @ drawn / count
+    torch.testing.assert_close(second.diagonal(), expected.diagonal(), rtol=1e-2, atol=1e-3 * scale)
+    torch.testing.assert_close(second, expected, rtol=0, atol=5e-2 * scale)
+
+
+@EACH
+def test_samples_do_not_depend_on_how_examples_are_cut(name):
+    loss, _, shape, targets = LIKELIHOODS[name]
+    outputs = torch.randn(shape, dtype=torch.float64)
+
+    def drawn(*sizes: int) -> Tensor:
+        generator = torch.Generator().manual_seed(3)
+
+        def uniform(size: tuple[int, ...]) -> Tensor:
+            return torch.rand(size, generator=generator, dtype=torch.float64)
+
+        pieces = zip(outputs.split(list(sizes)), targets.split(list(sizes)), strict=True)
+        return torch.cat([loss.sample(o, t, uniform) for o, t in pieces])
+
+    assert torch.equal(drawn(len(outputs)), drawn(1, 2, len(outputs) - 3))
+
+
+@EACH
+def test_every_likelihood_says_what_belongs_to_one_term(name):
+    loss, _, shape, targets = LIKELIHOODS[name]
+    assert isinstance(loss, Likelihood) and "sample" in loss.offers
+    assert loss.event(torch.zeros(shape), targets) == tuple(range(1, len(shape)))
+    images = torch.zeros(2, 4, 3, 3), torch.zeros(2, 3, 3).long()
+    assert cv.CrossEntropy().event(*images) == (1,)
+
+
 # From torch's modules and from names
 
 
@@ -159,6 +266,11 @@ def test_losses_from_modules_and_names():
     assert as_loss(module) == cv.CrossEntropy(ignore_index=7, label_smoothing=0.25, class_weights=(1.0, 2.0))
     assert as_loss("cross-entropy") == cv.CrossEntropy()
     assert as_loss("mse") == as_loss(nn.MSELoss()) == cv.SquaredError()
+    assert as_loss("bce") == as_loss(nn.BCEWithLogitsLoss()) == cv.BinaryCrossEntropy()
+    weighted = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 2.0]))
+    assert as_loss(weighted) == cv.BinaryCrossEntropy(positive_weights=(1.0, 2.0))
+    assert as_loss("poisson-nll") == as_loss(nn.PoissonNLLLoss()) == cv.PoissonNLL()
+    assert (as_loss("kl"), as_loss("gaussian-nll")) == (cv.KLDivergence(), cv.GaussianNLL())
     own = cv.SquaredError(scale=3.0)
     assert as_loss(own) is own
 
@@ -193,19 +305,84 @@ class Huberish:
     [
         (nn.CrossEntropyLoss(reduction="sum"), r"CrossEntropyLoss\(reduction='sum'\) is not a mean"),
         (nn.MSELoss(reduction="none"), r"MSELoss\(reduction='none'\) is not a mean"),
-        ("nll", "There is no loss called 'nll'. The names are cross-entropy, mse."),
-        (nn.L1Loss(), "L1Loss has no closed-form Hessian here"),
-        (Focal(), "Focal has no closed-form Hessian here. Use Objective.from_loss"),
-        (F.cross_entropy, "cross_entropy has no closed-form Hessian here"),
-        (nn.CrossEntropyLoss, "CrossEntropyLoss has no closed-form Hessian here"),
-        (cv.CrossEntropy, "CrossEntropy has no closed-form Hessian here"),
-        (None, "NoneType has no closed-form Hessian here"),
+        (nn.BCEWithLogitsLoss(reduction="sum"), "BCEWithLogitsLoss with a weight, or another reduction"),
+        (nn.BCEWithLogitsLoss(weight=torch.ones(3)), "BCEWithLogitsLoss with a weight"),
+        (nn.BCEWithLogitsLoss(pos_weight=torch.ones(3, 2)), r"pos_weight has shape \(3, 2\)"),
+        (nn.PoissonNLLLoss(log_input=False), r"PoissonNLLLoss\(log_input=False, reduction='mean'\) is not"),
+        (nn.GaussianNLLLoss(), "GaussianNLLLoss takes three arguments. Use curvature.GaussianNLL"),
+        (F.gaussian_nll_loss, "gaussian_nll_loss takes three arguments. Use curvature.GaussianNLL"),
+        (nn.L1Loss(reduction="sum"), r"L1Loss\(\) is not a mean over examples. Use reduction='mean'"),
+        (nn.NLLLoss(weight=torch.ones(3)), r"NLLLoss\(\) is not a mean over examples"),
+        ("nll", "There is no loss called 'nll'. The names are cross-entropy, kl, bce, mse, "),
+        (nn.CrossEntropyLoss, "CrossEntropyLoss is no loss. Give a name, a loss such as"),
+        (cv.CrossEntropy, "CrossEntropy is no loss"),
+        (None, "NoneType is no loss"),
     ],
     ids=str,
 )
 def test_what_is_no_loss(loss, words):
     with pytest.raises(cv.BadObjective, match=words):
         as_loss(loss)
+
+
+CRITERIA = {  # any function of outputs and targets: what it computes, and what it says when asked for a GGN
+    "nll": (nn.NLLLoss(), "Use nn.CrossEntropyLoss, on logits"),
+    "nll-function": (F.nll_loss, "Use nn.CrossEntropyLoss, on logits"),
+    "focal": (Focal(), "Use a loss of logits or predictions, such as CrossEntropy"),
+    "lambda": (lambda o, t: F.cross_entropy(o, t) + o.square().mean(), "Use a loss of logits"),
+}
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_any_criterion_has_a_hessian_and_no_ggn(name):
+    criterion, words = CRITERIA[name]
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.LogSoftmax(-1)).double()
+    x, y = torch.randn(9, 3).double(), torch.tensor([0, 1, 2, -100, 1, 0, 2, 2, 1])
+    batches = [(x[:4], y[:4]), (x[4:], y[4:])]
+    if name == "focal":  # the square of a mean is no sum over examples: only one batch makes sense
+        batches = [(x, y)]
+    if name == "lambda":  # its second part counts every example
+        batches = [(b, t.clamp(min=0)) for b, t in batches]
+    objective = cv.Objective.of(module, criterion, batches)
+    flat = nn.utils.parameters_to_vector(module.parameters()).detach()
+
+    def value(vector: Tensor) -> Tensor:
+        params, start = {}, 0
+        for key, p in module.named_parameters():
+            params[key], start = vector[start : start + p.numel()].view(p.shape), start + p.numel()
+        inputs, targets = (torch.cat(part) for part in zip(*batches, strict=True))
+        return criterion(torch.func.functional_call(module, params, (inputs,)), targets)
+
+    expected = torch.autograd.functional.hessian(value, flat)
+    torch.testing.assert_close(cv.hessian(objective).dense(), expected, rtol=1e-10, atol=1e-12)
+    with pytest.raises(cv.BadObjective, match=rf"has no closed-form Hessian here, which ggn needs. {words}.* Hessian"):
+        cv.ggn(objective)
+    with pytest.raises(cv.BadObjective, match=r"which fisher needs"):
+        cv.fisher(objective)
+
+
+def test_torchs_functions_are_mapped_too():
+    assert as_loss(F.cross_entropy) == cv.CrossEntropy() and as_loss(F.mse_loss) == cv.SquaredError()
+    assert as_loss(F.binary_cross_entropy_with_logits) == cv.BinaryCrossEntropy()
+    assert as_loss(F.poisson_nll_loss) == cv.PoissonNLL()
+
+
+def test_no_closed_form_where_it_would_not_be_a_matrix():
+    data = torch.randn(5, 3), torch.randn(5, 1)
+    net = nn.Sequential(nn.Linear(3, 2), nn.Unflatten(1, (1, 2)))
+    heteroscedastic = cv.Objective.of(net, "gaussian-nll", data)
+    with pytest.raises(cv.BadObjective, match=r"GaussianNLL\(\) is not convex in the outputs: there is no ggn"):
+        cv.ggn(heteroscedastic)
+    cv.fisher(heteroscedastic).dense()
+    with pytest.raises(cv.BadObjective, match=r"Huberish\(\) says nothing about how targets are distributed"):
+        cv.fisher(cv.Objective.of(nn.Linear(3, 1), Huberish(), data))
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1, 1)])
+def test_targets_are_not_broadcast(shape):
+    for loss in (cv.SquaredError(), cv.PoissonNLL()):
+        with pytest.raises(cv.BadObjective, match="targets shaped like the outputs"):
+            loss.total(torch.zeros(4, 1), torch.zeros(shape))
 
 
 @pytest.mark.parametrize(
@@ -242,6 +419,30 @@ def test_what_squared_error_cannot_take(targets):
         cv.SquaredError().check(torch.zeros(4, 2), targets)
 
 
+@pytest.mark.parametrize(
+    "loss, outputs, targets, words",
+    [
+        (cv.BinaryCrossEntropy(), torch.zeros(4, 2), torch.zeros(4), "Binary cross-entropy takes targets shaped like"),
+        (cv.BinaryCrossEntropy(), torch.zeros(4), torch.full((4,), 2.0), "run from 2 to 2, but lie between 0 and 1"),
+        (cv.BinaryCrossEntropy((1.0, 2.0)), torch.zeros(4, 3), torch.zeros(4, 3), "2 positive weights were given"),
+        (cv.KLDivergence(), torch.zeros(4, 3), torch.zeros(4).long(), "takes target distributions"),
+        (
+            cv.KLDivergence(),
+            torch.zeros(4, 3),
+            -torch.ones(4, 3),
+            "negative entries. Give probabilities, not their log",
+        ),
+        (cv.PoissonNLL(), torch.zeros(4), torch.full((4,), -1.0), "A count is -1"),
+        (cv.PoissonNLL(), torch.zeros(4), torch.zeros(3), "PoissonNLL takes targets shaped like"),
+        (cv.GaussianNLL(), torch.zeros(4), torch.zeros(4), r"takes outputs \(..., 2\)"),
+        (cv.GaussianNLL(), torch.zeros(4, 2), torch.zeros(3), r"shaped like the outputs \(4,\)"),
+    ],
+)
+def test_what_the_others_cannot_take(loss, outputs, targets, words):
+    with pytest.raises(cv.BadObjective, match=words):
+        loss.check(outputs, targets)
+
+
 def test_a_loss_of_ones_own_works_like_ours():
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     data = torch.randn(6, 3).double(), torch.randn(6, 2).double()
@@ -259,7 +460,15 @@ def test_described_names_what_is_not_default():
     assert described(Huberish()) == "Huberish()"
 
 
-@pytest.mark.parametrize("loss", [cv.CrossEntropy(class_weights=(1.0, 0.5), axis=-1), cv.SquaredError(over="examples")])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        cv.CrossEntropy(class_weights=(1.0, 0.5), axis=-1),
+        cv.SquaredError(over="examples"),
+        cv.BinaryCrossEntropy(positive_weights=(2.0,)),
+        *(make() for make in CLASSES.values()),
+    ],
+)
 def test_written_reads_back(loss):
     entry = written(loss)
     assert by_class_name(entry["name"], entry["options"]) == loss

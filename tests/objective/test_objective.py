@@ -299,10 +299,19 @@ def test_on_first_and_max():
     assert len(list(cut.batches)) == 6
 
 
-def test_on_never_cuts_for_losses_that_may_couple_examples():
-    x, y = batches()[0]
+def test_on_cuts_for_losses_that_may_couple_examples_only_when_told_so():
+    x, y = (torch.cat(2 * [part]) for part in batches()[0])
     objective = cv.Objective.from_loss(made("tied"), lambda model, batch: model(batch[0]).square().mean(), (x, y))
-    assert len(list(objective.on((x, y), batch_size=2).batches)) == 1
+    assert len(list(objective.on((x, y)).batches)) == 1
+    assert len(list(objective.on((x, y), batch_size=5).batches)) == 2
+
+
+def test_parameters_that_are_not_finite_are_refused():
+    objective = classifier()
+    vector = torch.zeros(objective.space.size).double()
+    vector[3] = torch.nan
+    with pytest.raises(cv.NonFinite, match="The given parameters are not all finite"):
+        objective.at(vector)
 
 
 def test_to_changes_the_dtype_only():
@@ -501,7 +510,32 @@ def test_terms_say_what_a_mean_is_over():
     plain = cv.Objective.of(made("tied"), "cross-entropy", data)
     counted = cv.Objective.from_loss(made("tied"), mean_loss, data, terms=lambda batch: (batch[1] != -100).sum())
     torch.testing.assert_close(counted.gradient(), plain.gradient(), rtol=1e-11, atol=1e-14)
-    assert abs(cv.Objective.from_loss(made("tied"), mean_loss, data).value() - plain.value()) > 1e-6
+    bare = cv.Objective.from_loss(made("tied"), mean_loss, data)  # targets of -100 are what is not counted
+    torch.testing.assert_close(bare.gradient(), plain.gradient(), rtol=1e-11, atol=1e-14)
+    twice = cv.Objective.from_loss(made("tied"), mean_loss, data, terms=lambda batch: 1)
+    assert abs(twice.value() - plain.value()) > 1e-6
+
+
+def graphs() -> list[dict[str, Tensor]]:
+    """Two graphs of different sizes, whose first tensors, the edges, have two rows each."""
+    return [
+        {"edges": torch.randint(0, nodes, (2, 3 * nodes)), "features": torch.randn(nodes, 4).double()}
+        for nodes in (5, 25)
+    ]
+
+
+def graph_loss(model: nn.Module, graph: dict[str, Tensor]) -> Tensor:
+    features = graph["features"]
+    gathered = torch.zeros_like(features).index_add(0, graph["edges"][1], features[graph["edges"][0]])
+    return model(gathered).square().mean()
+
+
+def test_a_number_of_terms_that_would_be_a_guess_is_asked_for():
+    with pytest.raises(cv.BadObjective, match=r"whose tensors have 2, 5 entries .*Pass terms="):
+        cv.Objective.from_loss(made("tied"), graph_loss, graphs()).check()
+    counted = cv.Objective.from_loss(made("tied"), graph_loss, graphs(), terms=lambda graph: len(graph["features"]))
+    counted.check()
+    cv.Objective.from_loss(made("tied"), graph_loss, graphs()[:1]).check()  # of one batch any number will do
 
 
 class TinyLM(nn.Module):

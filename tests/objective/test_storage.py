@@ -79,7 +79,7 @@ def same(a: cv.Objective, b: cv.Objective) -> None:
         one, other = getattr(a, kind), getattr(b, kind)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in one)
-    assert a.batches.digests() == b.batches.digests()
+    assert a.batches.digests == b.batches.digests
     assert a.fingerprint == b.fingerprint
     assert a.value() == b.value()
     assert torch.equal(a.gradient(), b.gradient())

@@ -1,21 +1,26 @@
 """Losses of outputs and targets with closed forms for what curvature needs; one family a file.
 
-A Loss knows its sum over terms, how many terms there are, and its Hessian product with respect to the outputs.
+A Loss knows its sum over terms, how many terms there are, and its first and second derivatives in the outputs.
 Nothing outside this folder asks what kind of loss it has.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvature.errors import BadObjective
-from curvature.objective.losses.classification import CrossEntropy
-from curvature.objective.losses.regression import SquaredError
+from curvature.objective.losses.classification import BinaryCrossEntropy, CrossEntropy, KLDivergence
+from curvature.objective.losses.counts import PoissonNLL
+from curvature.objective.losses.criterion import Criterion
+from curvature.objective.losses.elements import Uniform
+from curvature.objective.losses.regression import GaussianNLL, SquaredError
 
 
 @runtime_checkable
@@ -24,7 +29,8 @@ class Loss(Protocol):
 
     @property
     def offers(self) -> frozenset[str]:
-        """What the loss can do beyond its value: "ggn" needs a convex loss and its `hessian_product`."""
+        """What there is beyond the Hessian: "ggn" where the loss is convex in the outputs, "sample" where it is a
+        negative log-likelihood."""
         ...
 
     def check(self, outputs: Tensor, targets: Any) -> None:
@@ -44,36 +50,116 @@ class Loss(Protocol):
         ...
 
 
+@runtime_checkable
+class Likelihood(Loss, Protocol):
+    """A loss that is a negative log-likelihood: it offers "sample", and with it has Fisher matrices."""
+
+    def event(self, outputs: Tensor, targets: Any) -> tuple[int, ...]:
+        """The axes of the outputs within which entries belong to one term; over the others there is one each."""
+        ...
+
+    def residual(self, outputs: Tensor, targets: Any) -> Tensor:
+        """The gradient of `total` with respect to the outputs."""
+        ...
+
+    def sample(self, outputs: Tensor, targets: Any, uniform: Uniform) -> Tensor:
+        """A residual at targets drawn from the model's own distribution, the real ones saying only what counts.
+
+        Its mean is zero and its second moment the expected Hessian. `uniform(shape)` draws numbers between 0 and 1.
+        """
+        ...
+
+
+CLASSES: dict[str, Callable[..., Loss]] = {
+    loss.__name__: loss
+    for loss in (CrossEntropy, KLDivergence, BinaryCrossEntropy, SquaredError, GaussianNLL, PoissonNLL)
+}
 NAMES: dict[str, Callable[..., Loss]] = {
     "cross-entropy": CrossEntropy,
+    "kl": KLDivergence,
+    "bce": BinaryCrossEntropy,
     "mse": SquaredError,
+    "gaussian-nll": GaussianNLL,
+    "poisson-nll": PoissonNLL,
 }
-CLASSES = {"CrossEntropy": CrossEntropy, "SquaredError": SquaredError}
+MODULES: dict[type[nn.Module], Callable[[Any], Loss]] = {
+    nn.CrossEntropyLoss: CrossEntropy.of,
+    nn.BCEWithLogitsLoss: BinaryCrossEntropy.of,
+    nn.MSELoss: SquaredError.of,
+    nn.PoissonNLLLoss: PoissonNLL.of,
+}
+FUNCTIONS: dict[Any, Callable[[], Loss]] = {
+    F.cross_entropy: CrossEntropy,
+    F.binary_cross_entropy_with_logits: BinaryCrossEntropy,
+    F.mse_loss: SquaredError,
+    F.poisson_nll_loss: PoissonNLL,
+}
+INSTEAD: dict[Any, str] = {  # of losses whose curvature in what they take is not that of the model's distribution
+    nn.NLLLoss: "nn.CrossEntropyLoss, on logits instead of their log-softmax",
+    nn.KLDivLoss: "curvature.KLDivergence ('kl'), on logits instead of their log-softmax",
+    nn.BCELoss: "nn.BCEWithLogitsLoss, on logits instead of their sigmoid",
+    nn.GaussianNLLLoss: "curvature.GaussianNLL, on outputs (..., 2) of mean and log-variance",
+}
+INSTEAD |= {
+    F.nll_loss: INSTEAD[nn.NLLLoss],
+    F.kl_div: INSTEAD[nn.KLDivLoss],
+    F.binary_cross_entropy: INSTEAD[nn.BCELoss],
+    F.gaussian_nll_loss: INSTEAD[nn.GaussianNLLLoss],
+}
 
 
 def as_loss(loss: Any) -> Loss:
-    """A Loss from a Loss, a name ("cross-entropy", "mse") or an `nn.*Loss` module; BadObjective when there is none."""
+    """A Loss from a Loss, a name such as "cross-entropy" or "mse", an `nn.*Loss` module, or a function of (outputs,
+    targets); BadObjective for what is none of these, or is not a mean."""
     if isinstance(loss, str):
         if loss not in NAMES:
             raise BadObjective(f"There is no loss called {loss!r}.", f"The names are {', '.join(NAMES)}.")
         return NAMES[loss]()
-    if type(loss) is nn.CrossEntropyLoss:  # a subclass may compute something else
-        return CrossEntropy.of(loss)
-    if type(loss) is nn.MSELoss:
-        return SquaredError.of(loss)
-    if isinstance(loss, type | nn.Module) or not isinstance(loss, Loss):
+    kind = loss if inspect.isroutine(loss) else type(loss)  # exactly: a subclass may compute something else
+    if kind in MODULES:
+        return MODULES[kind](loss)
+    if kind in FUNCTIONS:
+        return FUNCTIONS[kind]()
+    if isinstance(loss, Loss) and not isinstance(loss, type):
+        return loss
+    if isinstance(loss, type) or not callable(loss):
         raise BadObjective(
-            f"{_name(loss)} has no closed-form Hessian here.",
-            "Use Objective.from_loss(model, lambda model, batch: ..., data), which takes any scalar loss.",
+            f"{_name(loss)} is no loss.",
+            "Give a name, a loss such as nn.CrossEntropyLoss(), or a function of (outputs, targets).",
         )
-    return loss
+    if kind in (nn.GaussianNLLLoss, F.gaussian_nll_loss):
+        raise BadObjective(f"{_name(loss)} takes three arguments.", f"Use {INSTEAD[kind]}.")
+    if getattr(loss, "reduction", "mean") != "mean" or getattr(loss, "weight", None) is not None:
+        raise BadObjective(
+            f"{loss} is not a mean over examples.",
+            "Use reduction='mean' and no weight, or Objective.from_loss with terms=.",
+        )
+    return Criterion(loss, INSTEAD[kind]) if kind in INSTEAD else Criterion(loss)
+
+
+def lacking(loss: Loss, what: str) -> BadObjective:
+    """The error of asking for a matrix that a loss has not."""
+    if isinstance(loss, Criterion):
+        return BadObjective(
+            f"{described(loss)} has no closed-form Hessian here, which {what} needs.",
+            f"Use {loss.instead}; or ask for the Hessian.",
+        )
+    if "sample" in loss.offers:
+        return BadObjective(
+            f"{described(loss)} is not convex in the outputs: there is no {what}.",
+            "Ask for the fisher, or the Hessian.",
+        )
+    return BadObjective(
+        f"{described(loss)} says nothing about how targets are distributed, which {what} needs.",
+        "Use one of the likelihoods, such as CrossEntropy or SquaredError, or ask for the ggn.",
+    )
 
 
 def written(loss: Loss) -> dict[str, Any]:
     """The class name and the fields of a loss, as plain values; BadObjective for one that is not from here."""
     if CLASSES.get(type(loss).__name__) is not type(loss):
         raise BadObjective(
-            f"The loss {type(loss).__name__} is your own, and cannot be written to a file.",
+            f"The loss {described(loss).partition('(')[0]} is your own, and cannot be written to a file.",
             "Keep the function that builds the objective, and use `--objective FILE.py:NAME`.",
         )
     return {"name": type(loss).__name__, "options": dataclasses.asdict(loss)}  # pyright: ignore[reportArgumentType]
@@ -87,7 +173,9 @@ def by_class_name(name: str, options: dict[str, Any]) -> Loss:
 
 
 def described(loss: Loss) -> str:
-    """The class of a loss and the fields that differ from their defaults."""
+    """The class of a loss and the fields that differ from their defaults; of a function its name."""
+    if isinstance(loss, Criterion):
+        return _name(loss.function)
     fields = dataclasses.fields(loss) if dataclasses.is_dataclass(loss) else ()
     own = [f"{f.name}={getattr(loss, f.name)!r}" for f in fields if getattr(loss, f.name) != f.default]
     return f"{type(loss).__name__}({', '.join(own)})"

@@ -1,4 +1,4 @@
-"""Cross-entropy on logits."""
+"""Losses of logits: cross-entropy, Kullback-Leibler divergence, binary cross-entropy."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvature.errors import BadObjective
+from curvature.objective.losses.elements import Over, Uniform, check_elements, count_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class CrossEntropy:
 
     @property
     def offers(self) -> frozenset[str]:
-        return frozenset({"ggn"})
+        return frozenset({"ggn", "sample"})
 
     @classmethod
     def of(cls, module: nn.CrossEntropyLoss) -> CrossEntropy:
@@ -84,6 +85,16 @@ class CrossEntropy:
             return torch.tensor(kept.numel(), dtype=torch.float64)
         return torch.tensor(self.class_weights, dtype=torch.float64, device=targets.device)[kept.long()].sum()
 
+    def event(self, outputs: Tensor, targets: Tensor) -> tuple[int, ...]:
+        """The class axis: every position is a term of its own."""
+        return (self._axis(outputs, targets),)
+
+    def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """m p - q for every term: p the softmax, q the weighted and smoothed target distribution, m the mass of q."""
+        axis = self._axis(outputs, targets)
+        q = self._distribution(outputs, targets, axis)
+        return outputs.softmax(axis) * q.sum(axis, keepdim=True) - q
+
     def hessian_product(self, outputs: Tensor, targets: Tensor, tangent: Tensor) -> Tensor:
         """m (p * u - p (p . u)) for every term, with p the softmax and m the mass of its target distribution."""
         axis = self._axis(outputs, targets)
@@ -91,6 +102,16 @@ class CrossEntropy:
         product = p * tangent
         product = product - p * product.sum(axis, keepdim=True)
         return product * self._mass(outputs, targets, axis).unsqueeze(axis)
+
+    def sample(self, outputs: Tensor, targets: Tensor, uniform: Uniform) -> Tensor:
+        """sqrt(m) (p - e_c) for every term, with the class c drawn from the softmax p."""
+        axis = self._axis(outputs, targets)
+        p = outputs.detach().movedim(axis, -1).softmax(-1)
+        steps = p.double().cumsum(-1)
+        drawn = uniform(p.shape[:-1]).unsqueeze(-1) * steps[..., -1:]  # sums round: the last is not 1
+        chosen = torch.searchsorted(steps, drawn, right=True).clamp(max=p.shape[-1] - 1)
+        residual = p.scatter_add(-1, chosen, p.new_full(chosen.shape, -1))
+        return residual.movedim(-1, axis) * self._mass(outputs, targets, axis).sqrt().unsqueeze(axis)
 
     def _axis(self, outputs: Tensor, targets: Tensor) -> int:
         """Where the classes lie; BadObjective when nothing fits, or more than one."""
@@ -123,6 +144,20 @@ class CrossEntropy:
             return None
         return torch.tensor(self.class_weights, dtype=logits.dtype, device=logits.device)
 
+    def _distribution(self, outputs: Tensor, targets: Tensor, axis: int) -> Tensor:
+        """The weighted and smoothed target distribution of every term, shaped like the outputs; zero where ignored."""
+        classes, smooth = outputs.shape[axis], self.label_smoothing
+        weights = self._weights(outputs)
+        weights = outputs.new_ones(classes) if weights is None else weights
+        if targets.is_floating_point():
+            q = (1 - smooth) * targets.to(outputs.dtype).movedim(axis, -1) + smooth / classes
+            return (q * weights).movedim(-1, axis)
+        kept = (targets != self.ignore_index).unsqueeze(-1)
+        chosen = targets.unsqueeze(-1).where(kept, 0).long()
+        q = (smooth / classes * weights).expand(*targets.shape, classes) * kept
+        q = q.scatter_add(-1, chosen, (1 - smooth) * weights[chosen] * kept)
+        return q.movedim(-1, axis)
+
     def _mass(self, outputs: Tensor, targets: Tensor, axis: int) -> Tensor:
         """The mass m of every term's weighted and smoothed target distribution, without the class axis."""
         classes = outputs.shape[axis]
@@ -136,3 +171,134 @@ class CrossEntropy:
         smooth = self.label_smoothing
         floor = smooth / classes * ones.sum()
         return (1 - smooth) * mass + (floor if targets.is_floating_point() else floor * kept)
+
+
+@dataclass(frozen=True)
+class KLDivergence:
+    """sum_c q_c (log q_c - log softmax(outputs)_c), averaged over terms, for target distributions q.
+
+    Cross-entropy less the entropy of the targets: its derivatives are the same. q is shaped like the outputs. The class
+    axis is the last, or 1; where both have the right length, `axis` must say.
+    """
+
+    axis: int | None = None
+
+    @property
+    def offers(self) -> frozenset[str]:
+        return self._cross_entropy.offers
+
+    def check(self, outputs: Tensor, targets: Any) -> None:
+        """Raise BadObjective unless targets are distributions shaped like the outputs."""
+        if not isinstance(targets, Tensor) or not targets.is_floating_point():
+            raise BadObjective(
+                "The divergence takes target distributions, as floating-point numbers shaped like the outputs.",
+                "For class indices use the loss 'cross-entropy'.",
+            )
+        self._cross_entropy.check(outputs, targets)
+        if (targets < 0).any():
+            raise BadObjective(
+                "A target distribution has negative entries.", "Give probabilities, not their logarithms."
+            )
+
+    def total(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, ""]:
+        return self._cross_entropy.total(outputs, targets) + torch.special.xlogy(targets, targets).sum()
+
+    def weight(self, targets: Tensor) -> Float[Tensor, ""]:
+        return self._cross_entropy.weight(targets)
+
+    def event(self, outputs: Tensor, targets: Tensor) -> tuple[int, ...]:
+        """The class axis."""
+        return self._cross_entropy.event(outputs, targets)
+
+    def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self._cross_entropy.residual(outputs, targets)
+
+    def hessian_product(self, outputs: Tensor, targets: Tensor, tangent: Tensor) -> Tensor:
+        return self._cross_entropy.hessian_product(outputs, targets, tangent)
+
+    def sample(self, outputs: Tensor, targets: Tensor, uniform: Uniform) -> Tensor:
+        return self._cross_entropy.sample(outputs, targets, uniform)
+
+    @property
+    def _cross_entropy(self) -> CrossEntropy:
+        return CrossEntropy(axis=self.axis)
+
+
+@dataclass(frozen=True)
+class BinaryCrossEntropy:
+    """-(w y log s + (1 - y) log(1 - s)) with s = sigmoid(outputs), for every element, of targets y between 0 and 1.
+
+    Averaged over all elements, as `nn.BCEWithLogitsLoss` does, or summed within and averaged over examples.
+    `positive_weights` w, one for each entry of the last axis, or a single one, are torch's `pos_weight`.
+    """
+
+    positive_weights: tuple[float, ...] | None = None
+    over: Over = "elements"
+
+    @property
+    def offers(self) -> frozenset[str]:
+        return frozenset({"ggn", "sample"})
+
+    @classmethod
+    def of(cls, module: nn.BCEWithLogitsLoss) -> BinaryCrossEntropy:
+        """The loss that the torch module computes."""
+        if module.reduction != "mean" or module.weight is not None:
+            raise BadObjective(
+                "BCEWithLogitsLoss with a weight, or another reduction than 'mean', is not a mean over elements.",
+                "Use reduction='mean' and no weight, or Objective.from_loss.",
+            )
+        pos_weight = module.pos_weight
+        if pos_weight is not None and pos_weight.ndim > 1:
+            raise BadObjective(
+                f"pos_weight has shape {tuple(pos_weight.shape)}.", "Give one number for each entry of the last axis."
+            )
+        return cls(None if pos_weight is None else tuple(pos_weight.reshape(-1).tolist()))
+
+    def check(self, outputs: Tensor, targets: Any) -> None:
+        """Raise BadObjective unless targets are probabilities shaped like the outputs."""
+        check_elements("Binary cross-entropy", outputs, targets, "choose the loss 'cross-entropy' for class indices")
+        if targets.numel() and not 0 <= float(targets.min()) <= float(targets.max()) <= 1:
+            raise BadObjective(
+                f"Targets run from {float(targets.min()):g} to {float(targets.max()):g}, but lie between 0 and 1.",
+                "Give 0 and 1, or probabilities.",
+            )
+        count = len(self.positive_weights or (1.0,))
+        if count > 1 and (outputs.ndim == 0 or outputs.shape[-1] != count):
+            raise BadObjective(
+                f"{count} positive weights were given for outputs {tuple(outputs.shape)}.",
+                "Give one for each entry of the last axis.",
+            )
+
+    def total(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, ""]:
+        weights = None if self.positive_weights is None else outputs.new_tensor(self.positive_weights)
+        targets = targets.to(outputs.dtype)
+        return F.binary_cross_entropy_with_logits(outputs, targets, pos_weight=weights, reduction="sum")
+
+    def weight(self, targets: Tensor) -> Float[Tensor, ""]:
+        return count_of(targets, self.over)
+
+    def event(self, outputs: Tensor, targets: Tensor) -> tuple[int, ...]:
+        """All axes but the first: an example is a term."""
+        return tuple(range(1, outputs.ndim))
+
+    def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """m s - w y, with the mass m = w y + 1 - y."""
+        positive, mass = self._masses(outputs, targets)
+        return mass * outputs.sigmoid() - positive
+
+    def hessian_product(self, outputs: Tensor, targets: Tensor, tangent: Tensor) -> Tensor:
+        """m s (1 - s) u."""
+        s = outputs.sigmoid()
+        return self._masses(outputs, targets)[1] * s * (1 - s) * tangent
+
+    def sample(self, outputs: Tensor, targets: Tensor, uniform: Uniform) -> Tensor:
+        """sqrt(m) (s - b) with b 1 in the share s of cases, else 0."""
+        s = outputs.detach().sigmoid()
+        drawn = (uniform(s.shape) < s).to(s.dtype)
+        return self._masses(outputs, targets)[1].sqrt() * (s - drawn)
+
+    def _masses(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """w y, and that plus 1 - y."""
+        targets = targets.to(outputs.dtype)
+        weights = 1 if self.positive_weights is None else outputs.new_tensor(self.positive_weights)
+        return weights * targets, weights * targets + 1 - targets

@@ -1,0 +1,35 @@
+"""What losses that are sums over the elements of the outputs share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from curvature.errors import BadObjective
+
+Over = Literal["elements", "examples"]  # what the mean is over
+Uniform = Callable[[tuple[int, ...]], Tensor]  # float64 numbers between 0 and 1 of a shape, on the outputs' device
+
+
+def check_elements(loss: str, outputs: Tensor, targets: Any, otherwise: str) -> None:
+    """Raise BadObjective unless targets are numbers shaped like the outputs: torch would broadcast them silently."""
+    if isinstance(targets, Tensor) and targets.shape == outputs.shape:
+        return
+    came = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
+    raise BadObjective(
+        f"{loss} takes targets shaped like the outputs {tuple(outputs.shape)}, but {came} came.",
+        f"Reshape the targets, or {otherwise}.",
+    )
+
+
+def count_of(targets: Tensor, over: Over) -> Tensor:
+    """How many elements, or examples, there are."""
+    return torch.tensor(targets.numel() if over == "elements" else len(targets), dtype=torch.float64)
+
+
+def standard_normal(shape: tuple[int, ...], uniform: Uniform) -> Tensor:
+    """Standard normal numbers from uniform ones, one each, so that they do not depend on how the data is cut."""
+    return torch.special.ndtri(uniform(shape).clamp(min=2.0**-54))  # 0 would be minus infinity

@@ -1,0 +1,96 @@
+"""Passes over the data: the only loop over batches, and what is kept of them between passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from curvature.errors import BadObjective
+from curvature.objective.batches import leading, moved
+from curvature.objective.check import explained
+
+if TYPE_CHECKING:
+    from curvature.objective.objective import Objective
+
+Prepare = Callable[[int, Any], Any]  # number and batch -> what a pass computes from: the batch itself, or a graph
+
+
+class Part(NamedTuple):
+    """A batch that was prepared, and how many terms it has."""
+
+    prepared: Any
+    terms: float
+
+
+class Passes:
+    """Passes over the data of an objective, each batch prepared by `prepare` in the state models are called in.
+
+    What the first pass has prepared is kept, and the data not read again, if all of it is expected to fit into `budget`
+    bytes, at `example` bytes an example; else every pass reads and prepares the batches anew, one at a time.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        prepare: Prepare = lambda index, batch: batch,
+        *,
+        budget: float = 0,
+        example: float = 0,
+    ) -> None:
+        self.objective, self.prepare = objective, prepare
+        self.budget, self.example = budget, example
+        self.kept: list[Part] | None = None
+        self.keeping = budget > 0  # until something does not fit
+
+    def average(self, term: Callable[[Any], Tensor]) -> Tensor:
+        """The sum of `term(prepared)` over the batches divided by the number of terms."""
+        total, weight = None, 0.0
+
+        def add(value: Tensor, terms: float) -> None:
+            nonlocal total, weight
+            total, weight = value if total is None else total + value, weight + terms
+
+        self._run(term, add)
+        if total is None:
+            raise BadObjective(
+                "The data has no terms: no batch came, or every target is ignored.",
+                "Check the path and the filters.",
+            )
+        return total / weight
+
+    def each(self, term: Callable[[Any], Tensor]) -> list[Tensor]:
+        """`term(prepared)` for every batch."""
+        values: list[Tensor] = []
+        self._run(term, lambda value, terms: values.append(value))
+        return values
+
+    def _run(self, term: Callable[[Any], Tensor], take: Callable[[Tensor, float], None]) -> None:
+        """Hand the value and the number of terms of every batch that has terms to `take`."""
+        objective, kept = self.objective, self.kept
+        fresh: list[Part] = []
+        size = 0.0
+        with objective.context():
+            for index, item in enumerate(objective.batches if kept is None else kept):
+                try:
+                    with objective.randomness(index):
+                        part = self._part(index, item) if kept is None else item
+                        if part.terms:
+                            take(term(part.prepared), part.terms)
+                except Exception as error:  # models and losses can raise anything
+                    raise explained(error, index + 1) from error
+                if kept is None and self.keeping:
+                    size += self.example * (leading(item) or 1)
+                    self.keeping = size <= self.budget
+                    fresh = [*fresh, part] if self.keeping else []
+                del part  # its graph, before the next one is built
+        if kept is None and self.keeping:
+            self.kept = fresh
+        objective.meter.passes += 1
+
+    def _part(self, index: int, batch: Any) -> Part:
+        objective = self.objective
+        batch = moved(batch, objective.space.device, objective.space.dtype)
+        terms = objective.function.weight(batch)
+        return Part(self.prepare(index, batch) if terms else None, terms)  # a mean over no terms is not a number

@@ -1,0 +1,101 @@
+"""The Jacobian of a model's outputs in its parameters, and the neural tangent kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvature.linalg.operator import LinearOperator, Product
+from curvature.linalg.space import Space
+from curvature.objective.objective import Objective
+from curvature.objective.passes import Passes
+from curvature.objective.products import Jacobian, jacobian_graph
+from curvature.operators.engine import Memory, budget_of, source_of
+
+
+def jacobian(objective: Objective, *, memory: Memory = "auto") -> LinearOperator:
+    """J, (m, n): the derivatives of all m outputs on the data, example after example, in the n selected parameters.
+
+    `J.adjoint()` is the transpose. Asking for the shape takes one pass over the data, to count the outputs.
+    """
+    return _Jacobian(objective, memory)
+
+
+def ntk(objective: Objective, *, memory: Memory = "auto") -> LinearOperator:
+    """K = J J^T, (m, m), psd: the empirical neural tangent kernel between all outputs on the data.
+
+    A product takes two passes. The nonzero eigenvalues of K divided by the number of terms are those of the GGN of the
+    loss SquaredError(scale=1).
+
+    Jacot, Gabriel & Hongler 2018 (arXiv:1806.07572).
+    """
+    J = _Jacobian(objective, memory)
+    return Product(J, J.adjoint())
+
+
+class _Jacobian(LinearOperator):
+    def __init__(self, objective: Objective, memory: Memory) -> None:
+        self.objective, self.memory = objective, memory
+        self.domain = objective.space
+        self.meter = objective.meter
+
+    @property
+    def source(self) -> Mapping[str, Any]:
+        """The function and the fingerprints of model and data."""
+        return source_of("jacobian", self.objective)
+
+    @cached_property
+    def codomain(self) -> Space:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The space of all outputs."""
+        return Space(sum(self._sizes), self.domain.dtype, self.domain.device)
+
+    @cached_property
+    def _passes(self) -> Passes:
+        health = self.objective.check()
+        budget = budget_of(self.memory, self.device)
+        return Passes(self.objective, self._graph, budget=budget, example=health.example_bytes)
+
+    def _graph(self, index: int, batch: Any) -> tuple[int, Jacobian]:
+        return index, jacobian_graph(self.objective, batch)
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        """How many outputs each batch has."""
+        counts = self._passes.each(lambda part: torch.tensor(part[1].outputs.numel()))
+        return [int(count) for count in counts]
+
+    def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k m"]:
+        def pushed(part: tuple[int, Jacobian]) -> Tensor:
+            return torch.stack([part[1].push(row).reshape(-1) for row in rows])
+
+        return torch.cat(self._passes.each(pushed), dim=1)
+
+    def apply_transposed(self, rows: Float[Tensor, "k m"]) -> Float[Tensor, "k n"]:
+        """J^T times each row."""
+        pieces = iter(rows.split(self._sizes, dim=1))
+
+        def pulled(part: tuple[int, Jacobian]) -> Tensor:
+            shape = part[1].outputs.shape
+            return torch.stack([part[1].pull(row.reshape(shape)) for row in next(pieces)])
+
+        return torch.stack(self._passes.each(pulled)).sum(0)
+
+    def adjoint(self) -> LinearOperator:
+        return _Transposed(self)
+
+
+class _Transposed(LinearOperator):
+    def __init__(self, J: _Jacobian) -> None:
+        self.J, self.domain, self.codomain, self.parts = J, J.codomain, J.domain, (J,)
+        self.adjoint_of = J
+
+    def apply(self, rows: Float[Tensor, "k m"]) -> Float[Tensor, "k n"]:
+        return self.J.apply_transposed(rows)
+
+    def adjoint(self) -> LinearOperator:
+        return self.J
