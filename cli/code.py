@@ -6,6 +6,7 @@ import difflib
 import importlib
 import importlib.util
 import operator
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def resolve(spec: str) -> Any:
     place, _, name = spec.rpartition(":")
     if not is_spec(spec):
         raise Misuse(f"{spec!r} names no code.", "Write ./file.py:name or package.module:name.")
+    import_from_here()
     is_file = "/" in place or place.endswith(".py")
     if is_file and not Path(place).is_file():
         raise Misuse(f"There is no file {place}.", "Check the path before the colon.")
@@ -45,6 +47,13 @@ def resolve(spec: str) -> Any:
         near = difflib.get_close_matches(name, vars(module), n=1)
         fix = f"Did you mean {place}:{near[0]}?" if near else "Check the name after the colon."
         raise Misuse(f"{place} has no {name!r}.", fix) from error
+
+
+def import_from_here() -> None:
+    """Let modules of the current folder be found, after all installed ones: `python` does so, a command does not."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
 
 
 def _from_file(path: Path) -> Any:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from .load import load_operator
 from .options import Count, Output, Positive, Seed, Task, Tolerance
-from .output import deliver, prepare
+from .output import deliver, prepare, warn
 
 
 def eig(
@@ -17,6 +17,7 @@ def eig(
     which: Literal["largest", "smallest", "both", "magnitude"] = "largest",
     rtol: Tolerance = 1e-5,
     max_steps: Positive = 200,
+    block: Positive = 4,
     seed: Seed = 0,
     task: Task = Task(),
     output: Output = Output(),
@@ -37,6 +38,8 @@ def eig(
         A pair has converged when its residual is below rtol times its value.
     max_steps
         At most so many passes over the data.
+    block
+        Vectors multiplied at once.
     seed
         Of the random start vectors.
     """
@@ -44,4 +47,8 @@ def eig(
     import curvature as cv
 
     A = load_operator(model, task)
-    deliver(lambda run: cv.eigsh(A, k, which=which, rtol=rtol, max_steps=max_steps, seed=seed, run=run), output, "eig")
+    options: dict[str, Any] = {"which": which, "rtol": rtol, "max_steps": max_steps, "block": block, "seed": seed}
+    result = deliver(lambda run: cv.eigsh(A, k, run=run, **options), output, "eig")
+    if not result.converged.all():
+        count = int((~result.converged).sum())
+        warn(f"{count} of {k} eigenvalues have not converged: raise --max-steps or --rtol.")

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .code import is_spec, resolve
+from .code import import_from_here, is_spec, resolve
 from .options import Misuse, Task
 from .output import warn
 
@@ -26,8 +26,9 @@ def load_operator(model: str | None, task: Task) -> cv.LinearOperator:
     objective = load_objective(model, task)
     health = objective.check()
     if health.unused:
-        warn(f"the loss does not depend on {len(health.unused)} parameters: {listing(health.unused, 3)}")
-    return cv.hessian(objective) if task.operator == "hessian" else cv.ggn(objective)
+        unused = f"{len(health.unused)} parameters: {listing(health.unused, 3)}"
+        warn(f"the loss of the first batch does not depend on {unused}")
+    return getattr(cv, task.operator.replace("-", "_"))(objective)
 
 
 def load_objective(model: str | None, task: Task) -> cv.Objective:
@@ -74,6 +75,8 @@ def _from_file(path: str, task: Task) -> cv.Objective:
     from curvature.io.models import read_module
     from curvature.io.recognise import FileKind, recognise
 
+    if task.trust:
+        import_from_here()
     arch = None if task.arch is None else partial(_made, task.arch, task.arch_arg)
     if recognise(path) is FileKind.OBJECTIVE:
         data = _data(task)

@@ -44,13 +44,7 @@ Defaults of options can be kept in ./curv.toml, one table a command.
 Exit codes: 0 ok, 1 internal error, 2 usage, 3 file unreadable, 4 refused as unsafe, 5 model or loss cannot be \
 analysed, 6 numerical failure, 7 out of memory or disk, 130 interrupted.
 """
-COMMANDS = {
-    "spectrum": "The whole eigenvalue distribution: bulk, outliers, negative mass.",
-    "eig": "Extreme eigenvalues with their residuals.",
-    "trace": "The sum of all eigenvalues, with a confidence interval.",
-    "inspect": "What is in a model file; runs none of it.",
-    "env": "Versions, device and memory, for a bug report.",
-}
+COMMANDS = ("spectrum", "eig", "trace", "inspect", "env")
 
 
 class Terminated(KeyboardInterrupt):
@@ -73,8 +67,8 @@ def build() -> App:
         config=_configured,
         suppress_keyboard_interrupt=False,  # `run` says what became of the results
     )
-    for command, line in COMMANDS.items():
-        app.command(f"curvature_cli.{command}:{command}", name=command, help=line)
+    for command in COMMANDS:
+        app.command(f"curvature_cli.{command}:{command}", name=command)
     return app
 
 
@@ -86,7 +80,7 @@ def _configured(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
         return
     except (OSError, ValueError) as error:
         raise CycloptsError(msg=f"{CONFIG} cannot be read: {error}.") from error
-    for name in tables.keys() - COMMANDS.keys():
+    for name in tables.keys() - set(COMMANDS):
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"Did you mean [{near[0]}]?" if near else "Options go into a table of their command, such as [spectrum]."
         raise CycloptsError(msg=f"{CONFIG} has {name!r}, which is no command. {hint}")

@@ -43,18 +43,18 @@ class Task:
     arch_arg: Many = ()
     "An argument for --arch, as name=value; may be repeated."
     loss: str | None = None
-    "cross-entropy, mse, or code: a function loss(model, batch)."
+    "cross-entropy, bce, mse, kl, poisson-nll, gaussian-nll, or code: a function loss(model, batch)."
     data: str | None = None
     "A .npz, safetensors or torch file of arrays, demo:NAME, or code that returns data."
     batch_size: Annotated[int | None, Parameter(validator=Number(gte=1))] = None
-    "Examples computed at a time: bounds memory, changes no number. By default 256, and never cut for --loss code."
+    "Examples of whole arrays computed at a time: bounds memory. By default 256, and all at once for --loss code."
     max_examples: Annotated[int | None, Parameter(validator=Number(gte=1))] = None
     "Use only so many examples from the front of the data."
     params: Many = ()
     "Only trainable parameters whose name matches this glob; may be repeated."
     exclude: Many = ()
     "Not those whose name matches this glob; may be repeated."
-    operator: Literal["hessian", "ggn"] = "hessian"
+    operator: Literal["hessian", "ggn", "fisher", "empirical-fisher", "gradient-covariance"] = "hessian"
     "Which matrix."
     mode: Literal["eval", "train"] | None = None
     "Whether batch normalisation and dropout act as in evaluation (the default) or in training (fixed masks)."

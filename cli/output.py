@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from .options import Misuse, Output
 
 if TYPE_CHECKING:
     import curvature as cv
+
+R = TypeVar("R", bound="cv.Result")
 
 FILES = ("result.json", "arrays.safetensors")  # what `Result.save` writes
 PATIENCE = 10.0  # seconds between lines of progress where there is no terminal
@@ -41,7 +43,7 @@ def _check_folder(out: Path, command: str, overwrite: bool) -> None:
         raise Misuse(f"{out} already holds {', '.join(present)}.", "Pass --overwrite, or another --out.")
 
 
-def deliver(measure: Callable[[cv.Run], cv.Result], output: Output, command: str) -> None:
+def deliver(measure: Callable[[cv.Run], R], output: Output, command: str) -> R:
     """Measure under a progress display and emit the result; after an interrupt what there is, then the interrupt."""
     from curvature import Interrupted
 
@@ -53,6 +55,7 @@ def deliver(measure: Callable[[cv.Run], cv.Result], output: Output, command: str
         warn("interrupted: this is what was measured until then.")
         raise
     emit(result, output, command)
+    return result
 
 
 def emit(result: cv.Result, output: Output, command: str) -> None:

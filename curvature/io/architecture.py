@@ -86,7 +86,7 @@ def load_stock(path: str | PathLike[str]) -> nn.Module:
     stock = {f"{layer.__module__}.{layer.__qualname__}" for layer in stock_globals()}
     if any(stock & pickle.called for pickle in pickles(path)):
         raise UnsafeFile(f"{path} calls constructors of layers, as torch.save never does.", _TRUST)
-    module = module_in(read_pickled(path, stock_globals()), path)
+    module = module_in(read_pickled(path, stock_globals(), fix=_TRUST), path)
     description = _described_safely(module)
     if description is None:
         raise UnsafeFile(f"{path} holds a module with altered, shared or added parts.", _TRUST)

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import hashlib
 import os
-import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -61,29 +60,3 @@ def sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of the file in hexadecimal, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def clean_stale(folder: str | os.PathLike[str]) -> list[Path]:
-    """Temporary files that writers killed in `folder` left behind; they are removed.
-
-    A file of a process that still runs stays. The folder must be written by this machine only: elsewhere the
-    same process number means another process.
-    """
-    stale = [path for path in Path(folder).glob(".tmp-*-*") if not path.is_dir() and not _writer_runs(path)]
-    for path in stale:
-        path.unlink(missing_ok=True)
-    return stale
-
-
-def _writer_runs(temporary: Path) -> bool:
-    """Whether the process in the file's name is alive; True for names that `write_atomically` never gives."""
-    match = re.match(r"\.tmp-([1-9]\d{0,8})-", temporary.name)
-    if match is None:
-        return True
-    try:
-        os.kill(int(match[1]), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # alive, and someone else's
-        return True
-    return True

@@ -28,7 +28,7 @@ from curvature.io.recognise import pickle_globals
 SAVE_WEIGHTS = "use torch.save(model.state_dict(), path) and --arch FILE.py:NAME."
 
 
-def read_pickled(path: str | PathLike[str], allowed: Sequence[Any]) -> Any:
+def read_pickled(path: str | PathLike[str], allowed: Sequence[Any], *, fix: str | None = None) -> Any:
     """What a torch.save file holds, built from torch's harmless classes and the `allowed` ones.
 
     `allowed` is as for `torch.serialization.safe_globals`. UnsafeFile and BadFile are raised as by
@@ -39,7 +39,7 @@ def read_pickled(path: str | PathLike[str], allowed: Sequence[Any]) -> Any:
     with torch.serialization.safe_globals(new), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about pickle protocols; what matters is an error below
         if refused := _refused(pickle_globals(path)):
-            raise _unsafe(path, refused)
+            raise _unsafe(path, refused, fix)
         if archive.is_zip(path):
             archive.verify(path)
         try:
@@ -84,11 +84,12 @@ def _refused(names: Sequence[str]) -> list[str]:
     return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
 
 
-def _unsafe(path: str | PathLike[str], names: Sequence[str]) -> UnsafeFile:
-    """The refusal of a file that uses these names."""
+def _unsafe(path: str | PathLike[str], names: Sequence[str], fix: str | None) -> UnsafeFile:
+    """The refusal of a file that uses these names; the usual `fix` is to allow them."""
     return UnsafeFile(
         f"{path} uses what could run code: {listing(names)}.",
-        f"If these are harmless pass --allow-global {listing(names).replace(', ', ',')}, or save the tensors "
+        fix
+        or f"If these are harmless pass --allow-global {listing(names).replace(', ', ',')}, or save the tensors "
         "as safetensors; if you trust the author of the file pass --trust.",
     )
 

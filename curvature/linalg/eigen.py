@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import singledispatch
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,8 +28,8 @@ class Eigenpairs(Result):
     """Eigenvalues in the order asked for, with unit eigenvectors as rows.
 
     `residuals` are the norms of A v - value v, recomputed with fresh products: an eigenvalue of A lies within one
-    residual of each value. `converged` says which are below the tolerance; none of this excludes that an eigenvalue
-    further out was missed, which for a random start is improbable (Kuczynski & Wozniakowski 1992).
+    residual of each value. `converged` says which are below the tolerance. That an eigenvalue further out was missed is
+    for a random start improbable (Kuczynski & Wozniakowski 1992), and not excluded.
     """
 
     values: Float[Tensor, " k"]
@@ -48,7 +47,6 @@ class Eigenpairs(Result):
     __repr__ = Result.__str__
 
 
-@singledispatch
 def eigsh(
     A: LinearOperator,
     k: int = 1,
@@ -63,9 +61,9 @@ def eigsh(
     """The k eigenpairs of symmetric A at one end, both ends, or of largest magnitude, each with its residual.
 
     Converged means residual <= rtol * |value|, or at the rounding of A's dtype. `block` vectors are multiplied at
-    once, which costs one pass over the data; it should not be smaller than the multiplicities to be found. At most
-    `max_steps` blocks are multiplied; what has not converged by then is returned and marked. Memory: about 3 k + 5
-    blocks of vectors, whatever the steps. An interrupt raises Interrupted with the pairs so far in `.result`.
+    once, which costs one pass over the data; eigenvalues of higher multiplicity take more rounds. At most `max_steps`
+    blocks are multiplied; what has not converged by then is returned and marked. Memory: about 3 k + 5 blocks of
+    vectors, whatever the steps. An interrupt raises Interrupted with the pairs so far in `.result`.
 
     Wu & Simon 2000 (thick restart, SIAM J. Matrix Anal. Appl. 22).
 
@@ -77,6 +75,8 @@ def eigsh(
     measurement = Measurement(A, "eigsh", options=options, seed=seed, run=run)
     n = A.shape[0]
     _check(A, k, which)
+    if isinstance(A, Diagonal):
+        return _sorted(A, measurement, k, which)
     block = max(1, min(block, n))
     krylov = Krylov(measurement, capacity=min(n, max(3 * k, 24) + 5 * block))
     draws = A.domain.draws(seed=seed, kind="sphere")
@@ -94,18 +94,8 @@ def eigsh(
         raise Interrupted(_eigenpairs(krylov, k, which, rtol, measured=False)) from stop
 
 
-@eigsh.register
-def _(
-    A: Diagonal,
-    k: int = 1,
-    *,
-    which: Which = "largest",
-    seed: int = 0,
-    run: Run | None = None,
-    **unused: Any,
-) -> Eigenpairs:
-    measurement = Measurement(A, "eigsh", options={"k": k, "which": which}, seed=seed, run=run)
-    _check(A, k, which)
+def _sorted(A: Diagonal, measurement: Measurement, k: int, which: Which) -> Eigenpairs:
+    """The entries of a diagonal matrix and vectors of the standard basis."""
     chosen = wanted(A.entries.double(), which)[:k]
     vectors = torch.zeros(k, A.shape[0], dtype=A.dtype, device=A.device)
     vectors[torch.arange(k), chosen] = 1
@@ -146,31 +136,58 @@ def _check(A: LinearOperator, k: int, which: Which) -> None:
 def _iterate(
     krylov: Krylov, draws: Iterator[Tensor], k: int, which: Which, rtol: float, max_steps: int, block: int
 ) -> None:
-    """Grow and restart the basis until the k wanted Ritz pairs have converged, or the steps are used up."""
+    """Grow and restart the basis until the k wanted Ritz pairs have converged, or the steps are used up.
+
+    All vectors of a Krylov space that starts from `seen` random ones see an eigenvalue at most `seen` times. Where one
+    was seen that often there may be more copies of it: as many random vectors again are added to the converged pairs,
+    and given as many steps as the first ones took.
+    """
+    seen, wait, first = 0, 0, 0
     for step in range(1, max_steps + 1):
         if krylov.width == 0:  # at the start, and when the basis is invariant but more is wanted of it
             krylov.start(torch.stack(list(islice(draws, block))))
+            seen += block
         krylov.step()
         values, vectors = torch.linalg.eigh(krylov.projected)
         order = wanted(values, which)
         chosen = order[:k]
         residuals = krylov.residuals(vectors[:, chosen])
-        settled = int((residuals <= _tolerance(krylov, values[chosen], rtol)).sum())
+        settled = int((residuals <= _tolerance(krylov, values[chosen], rtol) / 2).sum())
         lead = f"{float(values[order[0]]):.5g}"
         krylov.measurement.report(step, max_steps, f"{settled} of {k} converged, first {lead}")
-        if krylov.multiplied == krylov.space.size or settled == k or step == max_steps:
+        if krylov.multiplied == krylov.space.size or step == max_steps:
             return
-        if krylov.size + block > krylov.capacity and krylov.capacity < krylov.space.size:
-            keep = min(k + (krylov.multiplied - k) // 2, krylov.multiplied - block)
+        if settled == k and step >= wait:
+            if not _crowded(values[chosen], krylov, which, seen):
+                return
+            first = first or step
+            krylov.enlarge(4 * seen)  # the frontier is wider from now on
+            krylov.restart(values[chosen], vectors[:, chosen], torch.stack(list(islice(draws, seen))))
+            seen, wait = 2 * seen, step + first
+        elif krylov.size + krylov.width > krylov.capacity and krylov.capacity < krylov.space.size:
+            keep = min(k + (krylov.multiplied - k) // 2, krylov.multiplied - krylov.width)
             krylov.restart(values[order[:keep]], vectors[:, order[:keep]])
         else:
             krylov.extend()
 
 
+def _crowded(values: Tensor, krylov: Krylov, which: Which, seen: int) -> bool:
+    """Whether one of the wanted values came `seen` times, and further copies of it would displace others.
+
+    Those at the end of an order have none behind them to displace.
+    """
+    ends = [values] if which != "both" else [values[::2], values[1::2]]
+    for end in ends:
+        near = torch.finfo(krylov.space.dtype).eps ** 0.5 * end.abs() + krylov.rounding
+        copies = (end.unsqueeze(1) - end).abs() <= near.unsqueeze(1) + near
+        if any(int(row.sum()) >= seen and not row[-1] for row in copies):
+            return True
+    return False
+
+
 def _tolerance(krylov: Krylov, values: Tensor, rtol: float) -> Tensor:
     """What a residual must be below: relative to its value, but not below what the dtype can show."""
-    floor = 10 * krylov.space.eps * krylov.scale
-    return (rtol * values.abs()).clamp(min=floor)
+    return (rtol * values.abs()).clamp(min=krylov.rounding)
 
 
 def _eigenpairs(krylov: Krylov, k: int, which: Which, rtol: float, *, measured: bool) -> Eigenpairs:

@@ -62,9 +62,7 @@ class Krylov:
 
     def start(self, rows: Float[Tensor, "k n"]) -> None:
         """Take what `rows` span beyond the basis as the frontier: the first, or a new one of an invariant basis."""
-        rows = rows / self.space.norms(rows).to(rows.dtype).unsqueeze(1)
-        self._project_out(rows)
-        self._append(rows, small=0.0)
+        self._started(rows)
 
     def step(self) -> bool:
         """Multiply the frontier by A and extend T; False when the basis spans an invariant subspace."""
@@ -76,17 +74,20 @@ class Krylov:
         self._couple(frontier, slice(0, self.size), components)
         self.multiplied, self.remainder = self.size, rows
         self.edge = torch.eye(self.size, dtype=torch.float64, device=rows.device)[frontier]
-        return bool(self.space.norms(rows).max() > self._small)
+        return bool(self.space.norms(rows).max() > self.rounding)
 
     def extend(self) -> bool:
         """Make the remainder the next frontier; False when nothing of it is left."""
         block = slice(self.size - self.width, self.size)
-        fresh = self._append(self.remainder, small=self._small)
+        fresh = self._append(self.remainder, small=self.rounding)
         self._couple(fresh, block, self.space.inner(self._basis[fresh], self.remainder))
         return self.width > 0
 
-    def restart(self, values: Float[Tensor, " k"], vectors: Float[Tensor, "d k"]) -> None:
-        """Keep only the given Ritz pairs, and the remainder as the frontier (Wu & Simon 2000, thick restart)."""
+    def restart(
+        self, values: Float[Tensor, " k"], vectors: Float[Tensor, "d k"], fresh: Float[Tensor, "b n"] | None = None
+    ) -> None:
+        """Keep only the given Ritz pairs, and as the frontier the remainder (Wu & Simon 2000, thick restart), with the
+        `fresh` rows beside it."""
         kept, basis = len(values), self.basis
         self.multiplied = 0  # whoever is interrupted below finds nothing, rather than half of two bases
         for start in range(0, self.space.size, CHUNK):  # in place, so that a restart needs no second basis
@@ -96,8 +97,20 @@ class Krylov:
         self._projected.zero_()
         self._projected[:kept, :kept] = torch.diag(values)
         self.size = self.multiplied = kept
-        fresh = self._append(self.remainder, small=self._small)
-        self._couple(fresh, slice(0, kept), self.space.inner(self._basis[fresh], self.remainder) @ self.edge)
+        frontier = self._append(self.remainder, small=self.rounding)
+        if fresh is not None:
+            frontier = slice(frontier.start, self._started(fresh).stop)
+            self.width = frontier.stop - frontier.start
+        self._couple(frontier, slice(0, kept), self.space.inner(self._basis[frontier], self.remainder) @ self.edge)
+
+    def enlarge(self, rows: int) -> None:
+        """Make room for so many more rows, as far as the space has them."""
+        rows = min(rows, self.space.size - self.capacity)
+        need_basis(rows, self.space)
+        self._basis = torch.cat([self._basis, self._basis.new_empty(rows, self.space.size)])
+        projected = self._projected.new_zeros(self.capacity, self.capacity)
+        projected[: len(self._projected), : len(self._projected)] = self._projected
+        self._projected = projected
 
     def residuals(self, vectors: Float[Tensor, "d k"]) -> Float[Tensor, " k"]:
         """Norms of A y - theta y for the Ritz vectors y = vectors^T V: what A y has outside the basis."""
@@ -106,9 +119,14 @@ class Krylov:
         return (outside * (gram @ outside)).sum(0).clamp(min=0).sqrt()
 
     @property
-    def _small(self) -> float:
+    def rounding(self) -> float:
         """Norms up to this are rounding: of the entries in their dtype, and of the float64 sums over them."""
         return 10 * (self.space.eps + torch.finfo(torch.float64).eps * self.space.size**0.5) * self.scale
+
+    def _started(self, rows: Tensor) -> slice:
+        rows = rows / self.space.norms(rows).to(rows.dtype).unsqueeze(1)
+        self._project_out(rows)
+        return self._append(rows, small=0.0)
 
     def _append(self, rows: Tensor, *, small: float) -> slice:
         """Append what `rows` span, beyond `small`, as the frontier; returns where it lies.

@@ -38,8 +38,9 @@ def need_basis(rows: int, space: Space) -> None:
     needed = rows * space.size * torch.empty(0, dtype=space.dtype).element_size()
     free = free_bytes(space.device)
     if free is not None and needed > 0.9 * free:
+        fit = int(0.9 * free * rows / needed)
         raise TooLarge(
             f"A basis of {rows} vectors of {space.size:,} entries takes {needed / 2**30:.1f} GiB, "
             f"but {free / 2**30:.1f} GiB are free.",
-            "Ask for fewer probes, steps or eigenvalues, or for fewer parameters.",
+            f"Ask for fewer probes, steps or eigenvalues (about {fit} vectors fit), or for fewer parameters.",
         )

@@ -45,6 +45,7 @@ class LinearOperator(ABC):
     meter: Meter | None = None
     source: Mapping[str, Any] = {}
     adjoint_of: LinearOperator | None = None  # what this is the transpose of, where it was made as that
+    __array_ufunc__ = None  # so that NumPy leaves `array @ operator` to us
 
     @abstractmethod
     def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k m"]:
@@ -92,7 +93,10 @@ class LinearOperator(ABC):
         if isinstance(other, LinearOperator):
             return Product(self, other)
         if not isinstance(other, Tensor):
-            return NotImplemented
+            raise TypeError(
+                f"Expected a torch tensor or an operator behind @, but got {type(other).__name__}. "
+                "Use torch.from_numpy, or A.to_scipy() for NumPy arrays."
+            )
         if other.ndim not in (1, 2) or len(other) != self.shape[1]:
             raise ValueError(
                 f"A of shape {self.shape} multiplies ({self.shape[1]},) or ({self.shape[1]}, k), "
@@ -109,9 +113,23 @@ class LinearOperator(ABC):
         return Sum(self, Scaled(-1.0, other)) if isinstance(other, LinearOperator) else NotImplemented
 
     def __mul__(self, scale: float) -> LinearOperator:
-        return Scaled(float(scale), self) if isinstance(scale, int | float) else NotImplemented
+        return Scaled(float(scale), self) if _is_number(scale) else NotImplemented
 
     __rmul__ = __mul__
+
+    def __truediv__(self, scale: float) -> LinearOperator:
+        return Scaled(1 / float(scale), self) if _is_number(scale) else NotImplemented
+
+    def __radd__(self, other: object) -> LinearOperator:
+        return self if other == 0 else NotImplemented  # the start of sum(operators)
+
+    def __rmatmul__(self, other: object) -> Any:
+        raise TypeError(f"A {type(other).__name__} @ operator is not defined. Write A.adjoint() @ x.")
+
+    @property
+    def T(self) -> LinearOperator:
+        """The transpose."""
+        return self.adjoint()
 
     def __neg__(self) -> LinearOperator:
         return Scaled(-1.0, self)
@@ -254,6 +272,10 @@ class Product(LinearOperator):
 
     def adjoint(self) -> LinearOperator:
         return Product(self.parts[1].adjoint(), self.parts[0].adjoint())
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, int | float | np.number) or (isinstance(x, Tensor) and x.ndim == 0)
 
 
 def _transposes(A: LinearOperator, B: LinearOperator) -> bool:

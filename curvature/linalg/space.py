@@ -98,6 +98,11 @@ class Space:
             yield sample.to(self.device, self.dtype)
 
     @property
+    def empty(self) -> Float[Tensor, "0 n"]:
+        """No vectors, as a block."""
+        return torch.empty(0, self.size, dtype=self.dtype, device=self.device)
+
+    @property
     def eps(self) -> float:
         """The rounding unit of one entry."""
         return torch.finfo(self.dtype).eps

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import singledispatch
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -23,7 +22,6 @@ TraceMethod = Literal["auto", "hutchinson", "hutch++"]
 BLOCK = 16  # vectors multiplied at once: one pass over the data for all of them
 
 
-@singledispatch
 def trace(
     A: LinearOperator,
     *,
@@ -50,28 +48,29 @@ def trace(
     measurement = Measurement(A, "trace", options=options, seed=seed, run=run)
     if products < 2:
         raise ValueError(f"An error bar needs at least 2 products, but got products={products}.")
+    if method not in ("auto", "hutchinson", "hutch++"):
+        raise ValueError(f"method is 'auto', 'hutchinson' or 'hutch++', but got {method!r}.")
+    if (known := _known(A)) is not None:
+        return _exact(measurement, known)
     if products >= A.shape[0]:
         return _summed(measurement)
-    match method:
-        case "hutchinson":
-            return _averaged(measurement, products, A.domain.draw(0, seed=seed), A.domain.draws(seed=seed))
-        case "auto" | "hutch++":
-            return _deflated(measurement, products, seed)
-        case _:
-            raise ValueError(f"method is 'auto', 'hutchinson' or 'hutch++', but got {method!r}.")
+    draws = A.domain.draws(seed=seed)
+    if method == "hutchinson":
+        return _averaged(measurement, products, A.domain.empty, draws)
+    return _deflated(measurement, products, draws)
 
 
-@trace.register(Diagonal | Dense | Identity)
-def _(A: Diagonal | Dense | Identity, *, seed: int = 0, run: Run | None = None, **unused: Any) -> Estimate:
-    measurement = Measurement(A, "trace", options={}, seed=seed, run=run)
+def _known(A: LinearOperator) -> Tensor | None:
+    """The trace where the structure of A tells it."""
     match A:
         case Diagonal():
-            value = A.entries.double().sum()
+            return A.entries.double().sum()
         case Dense():
-            value = A.matrix.diagonal().double().sum()
+            return A.matrix.diagonal().double().sum()
+        case Identity():
+            return torch.tensor(float(A.shape[0]), dtype=torch.float64)
         case _:
-            value = torch.tensor(float(A.shape[0]), dtype=torch.float64)
-    return _exact(measurement, value)
+            return None
 
 
 def _exact(measurement: Measurement, value: Tensor, floor: float = 0.0) -> Estimate:
@@ -102,12 +101,11 @@ def _summed(measurement: Measurement) -> Estimate:
     return _exact(measurement, total, floor=10 * A.domain.eps * square**0.5)
 
 
-def _deflated(measurement: Measurement, products: int, seed: int) -> Estimate:
+def _deflated(measurement: Measurement, products: int, draws: Iterator[Tensor]) -> Estimate:
     """Hutch++: the trace on an orthonormal sketch of the range, and Hutchinson's average on its complement."""
     space = measurement.operator.domain
     third = min(products // 3, (products - 2) // 2)  # at least two samples are left for an error bar
-    draws = space.draws(seed=seed)
-    images = [space.draw(0, seed=seed)]
+    images = [space.empty]
     for rows in _blocks(draws, third):
         images.append(measurement.apply(rows))
         measurement.report(measurement.products, products, "sketching the range", unit="products")

@@ -69,6 +69,11 @@ class ObjectiveOperator(LinearOperator):
         engine: Engine = "auto",
         memory: Memory = "auto",
     ) -> None:
+        if not isinstance(objective, Objective):
+            raise TypeError(
+                f"{name} takes an Objective, but got a {type(objective).__name__}. "
+                f"Write {name}(Objective.of(model, loss, data))."
+            )
         if engine not in ENGINES:
             raise ValueError(f"engine is one of {', '.join(ENGINES)}, but got {engine!r}.")
         self.name, self.objective, self.recipe, self.psd = name, objective, recipe, psd

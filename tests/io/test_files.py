@@ -24,7 +24,7 @@ from curvature.errors import (
     TooLarge,
     printable,
 )
-from curvature.io.files import clean_stale, sha256, write_atomically
+from curvature.io.files import sha256, write_atomically
 
 
 def temporaries(folder):
@@ -130,7 +130,7 @@ for n in range(10**6):
 """
 
 
-def test_kills_leave_a_whole_file_and_their_rests_are_cleaned(tmp_path):
+def test_kills_leave_a_whole_file(tmp_path):
     path = tmp_path / "result.bin"
     for kill in range(5):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE)
@@ -140,21 +140,6 @@ def test_kills_leave_a_whole_file_and_their_rests_are_cleaned(tmp_path):
         writer.communicate()
         content = path.read_bytes()
         assert len(content) == 1 << 20 and len(set(content)) == 1
-    clean_stale(tmp_path)
-    assert os.listdir(tmp_path) == ["result.bin"]
-
-
-def test_only_rests_of_dead_writers_are_removed(tmp_path):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    stale = tmp_path / f".tmp-{ended.pid}-ab12"
-    names = (f".tmp-{os.getpid()}-ab12", ".tmp-1-x", ".tmp-x-y", ".tmp-0-x", "a.bin")
-    kept = [tmp_path / name for name in names]
-    for path in (stale, *kept):
-        path.touch()
-    (tmp_path / f".tmp-{ended.pid}-folder").mkdir()
-    assert clean_stale(tmp_path) == [stale]
-    assert not stale.exists() and all(path.exists() for path in kept)
 
 
 def test_sha256_is_that_of_the_content(tmp_path):

@@ -140,6 +140,25 @@ def test_multiplicities_up_to_the_block_are_found(multiplicity):
         torch.testing.assert_close(pairs.values, expected(values, 2 * multiplicity + 1, "largest"), rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("block", [1, 4])
+@pytest.mark.parametrize("k", [3, 11, 15])
+def test_multiplicities_beyond_the_block_are_found(k, block):
+    values = torch.cat([torch.full((11,), 3.0), torch.full((6,), 2.0), linspace(-1, 1, 40)]).double()
+    top = cv.eigsh(free(rotated(values)), k, block=block, max_steps=1000)
+    torch.testing.assert_close(top.values, values[:k], rtol=1e-10, atol=0)
+    assert top.converged.all()
+    torch.testing.assert_close(top.vectors @ top.vectors.T, torch.eye(k).double(), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("which", ["smallest", "both"])
+def test_the_zeros_of_a_matrix_of_low_rank_are_its_smallest_eigenvalues(which):
+    values = torch.cat([tensor(5, 4, 3, 2, 1), torch.zeros(95).double()])
+    found = cv.eigsh(free(rotated(values)), 8, which=which)
+    expected = torch.zeros(8).double() if which == "smallest" else tensor(5, 0, 4, 0, 3, 0, 2, 0)
+    torch.testing.assert_close(found.values, expected, rtol=1e-10, atol=1e-12)
+    assert found.converged.all()
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1e12])
 def test_the_scale_of_the_operator_does_not_matter(scale):
     matrix = rotated(SPECTRA["clustered pair"])
