@@ -56,7 +56,7 @@ def wasserstein(density: cv.SpectralDensity, exact: Tensor) -> tuple[float, floa
 
 
 def exact_hessian(objective: cv.Objective) -> np.ndarray:
-    """All eigenvalues of the dense Hessian, from plain torch; 38,570 rows are 12 GB, so the matrix is used up in place."""
+    """All eigenvalues of the dense Hessian, from plain torch; 38,570 rows are 12 GB, so it is used up in place."""
     module, inputs, targets, flat, named = plain(objective)
 
     def loss(vector: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from .options import Format
@@ -11,36 +10,37 @@ from .options import Format
 SHOWN = 40  # tensors listed in the table; JSON has all
 
 
-def inspect(path: Path, /, *, format: Format = "human") -> None:
+def inspect(model: str, /, *, format: Format = "human") -> None:
     """What a model file is: its kind, tensors, parameters, non-finite values, and the code it would run.
 
     Examples: `curv inspect model.pt`; `curv inspect model.safetensors --format json`.
 
     Parameters
     ----------
-    path
-        A file or folder.
+    model
+        A file, a folder, or demo:NAME.
     format
         A table, JSON, or nothing (the exit code alone tells whether it can be read).
     """
-    facts = _facts(path)
+    facts = _facts(model)
     if format == "json":
         print(json.dumps(facts))
     elif format == "human":
-        print(_table(path, facts))
+        print(_table(model, facts))
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def _facts(model: str) -> dict[str, Any]:
+    from curvature.assets import weights
     from curvature.io.contents import contents
 
-    return contents(path)
+    return contents(weights(model.removeprefix("demo:")) if model.startswith("demo:") else model)
 
 
-def _table(path: Path, facts: dict[str, Any]) -> str:
+def _table(model: str, facts: dict[str, Any]) -> str:
     tensors = facts["tensors"]
     width = max((len(t["name"]) for t in tensors[:SHOWN]), default=0)
     lines = [
-        f"file        {path}",
+        f"file        {model}",
         f"kind        {facts['kind']}",
         f"tensors     {len(tensors)}, {facts['parameters']:,} numbers, {facts['bytes'] / 2**20:.1f} MiB",
         f"not finite  {', '.join(facts['not_finite']) or 'none'}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import importlib
 import importlib.util
 import os
 import signal
@@ -58,7 +59,7 @@ def _version() -> str:
 
 
 def build() -> App:
-    """The app with every command, each in a module of its own that is imported when it is asked for."""
+    """The app with every command, each in a module of its own; none of these imports torch before it runs."""
     app = App(
         name="curv",
         help=HELP,
@@ -68,7 +69,7 @@ def build() -> App:
         suppress_keyboard_interrupt=False,  # `run` says what became of the results
     )
     for command in COMMANDS:
-        app.command(f"curvature_cli.{command}:{command}", name=command)
+        app.command(getattr(importlib.import_module(f".{command}", __package__), command))
     return app
 
 

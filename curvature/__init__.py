@@ -21,6 +21,7 @@ from curvature.linalg.spectrum import spectral_density as spectral_density
 from curvature.linalg.structured import Dense as Dense
 from curvature.linalg.structured import Diagonal as Diagonal
 from curvature.linalg.trace import trace as trace
+from curvature.objective.losses import Likelihood as Likelihood
 from curvature.objective.losses import Loss as Loss
 from curvature.objective.losses.classification import BinaryCrossEntropy as BinaryCrossEntropy
 from curvature.objective.losses.classification import CrossEntropy as CrossEntropy

@@ -237,7 +237,9 @@ def test_an_operator_is_its_own_view():
         (lambda: cv.Dense(TALL) @ torch.ones(6), ValueError, r"A of shape \(6, 4\) multiplies \(4,\) or \(4, k\), but got \(6,\)"),
         (lambda: cv.Dense(TALL) @ torch.ones(4, 2, 2), ValueError, r"but got \(4, 2, 2\)"),
         (lambda: cv.Dense(TALL) @ torch.tensor(1.0), ValueError, r"but got \(\)"),
-        (lambda: cv.Dense(TALL) @ 3, TypeError, "unsupported operand"),
+        (lambda: cv.Dense(TALL) @ 3, TypeError, "Expected a torch tensor or an operator behind @, but got int"),
+        (lambda: cv.Dense(TALL) @ np.ones(4), TypeError, "but got ndarray. Use torch.from_numpy, or A.to_scipy"),
+        (lambda: np.ones(6) @ cv.Dense(TALL), TypeError, "ndarray @ operator is not defined. Write A.adjoint"),
         (lambda: cv.Dense(TALL) + 3, TypeError, "unsupported operand"),
         (lambda: cv.Dense(TALL) - 3, TypeError, "unsupported operand"),
         (lambda: cv.Dense(TALL) * "3", TypeError, "multiply"),
@@ -380,3 +382,40 @@ def test_a_view_of_numpy_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cv.eigsh(rotated(linspace(1, 2, 20)).numpy(), 2)
+
+
+def test_more_ways_to_write_it():
+    A, B = cv.Dense(SQUARE), cv.Dense(SQUARE.T.contiguous())
+    for made, matrix in [
+        (A / 2, SQUARE / 2),
+        (A * torch.tensor(2.0), SQUARE * 2),
+        (np.float64(3) * A, SQUARE * 3),
+        (sum([A, B]), SQUARE + SQUARE.T),
+        (A.T, SQUARE.T),
+    ]:
+        torch.testing.assert_close(made.dense(), matrix)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda A: A.adjoint() @ A,
+        lambda A: A @ A.adjoint(),
+        lambda A: (lambda S: S @ S)(cv.Dense(SQUARE + SQUARE.T)),
+    ],
+    ids=["normal", "gram", "square"],
+)
+def test_a_matrix_times_its_transpose_is_known_to_be_psd(make):
+    free = cv.MatrixFree(
+        lambda rows: rows @ TALL.T,
+        cv.Space(TALL.shape[1], TALL.dtype),
+        cv.Space(TALL.shape[0], TALL.dtype),
+        adjoint=lambda rows: rows @ TALL,
+    )
+    for A in (cv.Dense(TALL), free):
+        product = make(A)
+        assert product.symmetric and product.psd
+        expected = torch.linalg.eigvalsh(product.dense()).flip(0)[:2]
+        torch.testing.assert_close(cv.eigsh(product, 2).values.to(expected), expected, rtol=1e-5, atol=1e-5)
+    other = cv.Dense(TALL) @ cv.Dense(TALL).adjoint()  # equal numbers, but nobody said so
+    assert not other.symmetric
