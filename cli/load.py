@@ -28,7 +28,8 @@ def load_operator(model: str | None, task: Task) -> cv.LinearOperator:
     if health.unused:
         unused = f"{len(health.unused)} parameters: {listing(health.unused, 3)}"
         warn(f"the loss of the first batch does not depend on {unused}")
-    return getattr(cv, task.operator.replace("-", "_"))(objective)
+    make = getattr(cv, task.operator.replace("-", "_"))
+    return make(objective, engine=task.engine)
 
 
 def load_objective(model: str | None, task: Task) -> cv.Objective:

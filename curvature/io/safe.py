@@ -107,7 +107,7 @@ def _not_plain(path: str | PathLike[str], told: str) -> BadFile | UnsafeFile:
     # Some classes are met only as the type of an object: numpy's dtypes.
     built = re.search(r"Can only (?:build|create) .*got <class '([\w.]+)'>", told)
     if built:
-        return _unsafe(path, [built[1]])
+        return _unsafe(path, [built[1]], None)
     cause = f"{path} does more than a file of tensors needs."
     return UnsafeFile(cause, "Pass --trust if you trust its author.")
 

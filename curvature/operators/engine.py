@@ -77,7 +77,8 @@ class ObjectiveOperator(LinearOperator):
         if engine not in ENGINES:
             raise ValueError(f"engine is one of {', '.join(ENGINES)}, but got {engine!r}.")
         self.name, self.objective, self.recipe, self.psd = name, objective, recipe, psd
-        self.engine, self.memory = engine, memory
+        self.engine: Engine = engine
+        self.memory: Memory = memory
         self.domain = self.codomain = objective.space
         self.meter = objective.meter
         self._passes: Passes | None = None

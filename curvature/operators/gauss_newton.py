@@ -122,7 +122,7 @@ def _forward(middle: Middle, objective: Objective, index: int, batch: Any) -> Li
     def model(vector: Tensor) -> Tensor:
         return objective.outputs(space.named(vector), batch)[0]
 
-    outputs, pull = torch.func.vjp(model, flat)
+    outputs, pull, *_ = torch.func.vjp(model, flat)
     times = middle(index, outputs.detach(), objective.targets(batch))
 
     def product(row: Tensor) -> Tensor:

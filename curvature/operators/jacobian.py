@@ -40,7 +40,8 @@ def ntk(objective: Objective, *, memory: Memory = "auto") -> LinearOperator:
 
 class _Jacobian(LinearOperator):
     def __init__(self, objective: Objective, memory: Memory) -> None:
-        self.objective, self.memory = objective, memory
+        self.objective = objective
+        self.memory: Memory = memory
         self.domain = objective.space
         self.meter = objective.meter
 

@@ -520,7 +520,7 @@ def test_memory_that_does_not_suffice(refused):
         (["--format", "jsn"], 'Did you mean "json"?'),
         (["--products", "0"], "Must be >= 1"),
         (["--products", "many"], "many"),
-        (["--operator", "fisher"], "hessian"),
+        (["--operator", "jacobian"], "hessian"),
         (["--dtype", "float16"], "float64"),
         (["--seed"], "--seed"),
         (["--seed", "-1"], "Must be >= 0"),
@@ -637,7 +637,7 @@ def test_warnings_name_no_control_characters(curv, task):
     task.net = lambda: net
     said = curv("trace", "task:net", *PARTS, "--format", "quiet")
     assert said.code == 0
-    assert said.err == "curv: the loss does not depend on 1 parameters: \\x1b[31mred\n"
+    assert said.err == "curv: the loss of the first batch does not depend on 1 parameters: \\x1b[31mred\n"
 
 
 # As a program, where nothing catches what Python prints by itself

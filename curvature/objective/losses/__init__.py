@@ -115,7 +115,8 @@ def as_loss(loss: Any) -> Loss:
         if loss not in NAMES:
             raise BadObjective(f"There is no loss called {loss!r}.", f"The names are {', '.join(NAMES)}.")
         return NAMES[loss]()
-    kind = loss if inspect.isroutine(loss) else type(loss)  # exactly: a subclass may compute something else
+    given: Any = loss
+    kind = given if inspect.isroutine(given) else type(given)  # exactly: a subclass may compute something else
     if kind in MODULES:
         return MODULES[kind](loss)
     if kind in FUNCTIONS:
@@ -134,7 +135,7 @@ def as_loss(loss: Any) -> Loss:
             f"{loss} is not a mean over examples.",
             "Use reduction='mean' and no weight, or Objective.from_loss with terms=.",
         )
-    return Criterion(loss, INSTEAD[kind]) if kind in INSTEAD else Criterion(loss)
+    return Criterion(given, INSTEAD[kind]) if kind in INSTEAD else Criterion(given)
 
 
 def lacking(loss: Loss, what: str) -> BadObjective:
