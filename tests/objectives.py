@@ -72,7 +72,13 @@ def zoo() -> list[Case]:
         regression,
         tokens,
         convolution,
+        grouped_convolution,
         attention,
+        recurrent,
+        tied,
+        binary,
+        counts,
+        distillation,
     ]
     cases = []
     for maker in makers:
@@ -128,6 +134,78 @@ def tokens() -> Case:
     x, y = torch.randint(0, 7, (8, 5)), torch.randint(0, 6, (8, 5))
     y[2, 1:], y[5, :4] = -100, -100
     return Case("tokens", module, "cross-entropy", lambda o, t: F.cross_entropy(o.flatten(0, 1), t.flatten()), x, y)
+
+
+def grouped_convolution() -> Case:
+    """Groups, dilation, stride and batch normalisation with the statistics it has learned."""
+    module = nn.Sequential(
+        nn.Conv2d(2, 4, 3, groups=2, dilation=2, padding=2, bias=False),
+        nn.BatchNorm2d(4),
+        nn.Tanh(),
+        nn.Conv2d(4, 2, 2, stride=2, padding_mode="circular", padding=1),
+        nn.Flatten(),
+        nn.Linear(18, 3),
+    ).double()
+    x, y = torch.randn(8, 2, 5, 5).double(), torch.randint(0, 3, (8,))
+    module.train()(x)
+    return Case("grouped-convolution", module.eval(), "cross-entropy", F.cross_entropy, x, y)
+
+
+class _Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(2, 3, batch_first=True), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0])
+
+
+def recurrent() -> Case:
+    """An LSTM that predicts two numbers at every step."""
+    x, y = torch.randn(8, 3, 2).double(), torch.randn(8, 3, 2).double()
+    return Case("lstm", _Recurrent().double(), "mse", F.mse_loss, x, y)
+
+
+class _Tied(nn.Module):
+    """A language model whose head is its embedding, with a layer that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.middle, self.norm = nn.Embedding(6, 4), nn.Linear(4, 4), nn.LayerNorm(4)
+        self.head = nn.Linear(4, 6, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.embedding(ids)
+        for _ in range(2):
+            hidden = hidden + F.gelu(self.middle(self.norm(hidden)))
+        return self.head(hidden)
+
+
+def tied() -> Case:
+    x, y = torch.randint(0, 6, (8, 3)), torch.randint(0, 6, (8, 3))
+    y[1, 2], y[4] = -100, -100
+    return Case(
+        "tied-head", _Tied().double(), "cross-entropy", lambda o, t: F.cross_entropy(o.flatten(0, 1), t.flatten()), x, y
+    )
+
+
+def binary() -> Case:
+    loss = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([0.5, 2.0, 1.0]).double())
+    x, y = torch.randn(8, 4).double(), torch.randint(0, 2, (8, 3)).double()
+    return Case("binary", _mlp(4, 3, 3), loss, loss, x, y)
+
+
+def counts() -> Case:
+    x, y = torch.randn(8, 3).double(), torch.randint(0, 4, (8, 2)).double()
+    return Case("counts", _mlp(3, 4, 2), "poisson-nll", F.poisson_nll_loss, x, y)
+
+
+def distillation() -> Case:
+    x, y = torch.randn(8, 3).double(), torch.randn(8, 4).double().softmax(-1)
+    return Case(
+        "distillation", _mlp(3, 3, 4), "kl", lambda o, t: F.kl_div(o.log_softmax(-1), t, reduction="batchmean"), x, y
+    )
 
 
 def convolution() -> Case:

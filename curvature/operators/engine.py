@@ -7,6 +7,7 @@ that fits into memory.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -177,7 +178,9 @@ def _one_by_one(linear: Linear) -> Share:
 
 
 def _together(linear: Linear, rows: Tensor) -> Tensor:
-    return torch.vmap(linear, randomness="same", chunk_size=CHUNK)(rows)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.script", category=DeprecationWarning)  # torch's own use
+        return torch.vmap(linear, randomness="same", chunk_size=CHUNK)(rows)
 
 
 def _traced(linear: Linear, objective: Objective) -> Linear:

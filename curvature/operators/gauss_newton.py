@@ -93,7 +93,8 @@ class _Covariance(LinearOperator):
     @cached_property
     def examples(self) -> float:
         """The number of examples over that of terms."""
-        return float(self.objective.average(lambda batch: torch.tensor(float(leading(batch) or 1))))
+        count = self.objective.average(lambda batch: torch.tensor(leading(batch) or 1, dtype=torch.float64))
+        return float(count)
 
     def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
         # with N examples of T terms and sums s_i of gradients: g_i = s_i N/T, the operator is (1/T) sum_i s_i s_i^T
@@ -155,7 +156,7 @@ class _Observed:
 
     def __call__(self, index: int, outputs: Tensor, targets: Any) -> Callable[[Tensor], Tensor]:
         event = tuple(range(1, outputs.ndim)) if self.whole else self.loss.event(outputs, targets)
-        return partial(_squared, [self.loss.residual(outputs, targets)], event)
+        return partial(_squared, self.loss.residual(outputs, targets).unsqueeze(0), event)
 
 
 class _Sampled:
@@ -175,10 +176,12 @@ class _Sampled:
             return torch.rand(shape, generator=generator, dtype=torch.float64).to(outputs.device)
 
         residuals = [self.loss.sample(outputs, targets, partial(uniform, g)) for g in self.generators]
-        return partial(_squared, residuals, self.loss.event(outputs, targets))
+        return partial(_squared, torch.stack(residuals), self.loss.event(outputs, targets))
 
 
-def _squared(residuals: list[Tensor], event: tuple[int, ...], tangent: Tensor) -> Tensor:
-    """The mean over the residuals r of r (r . u), the inner product over the axes of a term."""
-    products = [r * (r * tangent).sum(event, keepdim=True) if event else r * r * tangent for r in residuals]
-    return sum(products[1:], products[0]) / len(products)
+def _squared(residuals: Tensor, event: tuple[int, ...], tangent: Tensor) -> Tensor:
+    """The mean over the residuals r, stacked along a first axis, of r (r . u) with inner products within each term."""
+    along = residuals * tangent
+    if event:
+        along = along.sum([axis % tangent.ndim + 1 for axis in event], keepdim=True)
+    return (residuals * along).mean(0)

@@ -1,0 +1,138 @@
+"""Engines change the cost and never the answer: all agree, and what is kept is read and built once."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import weakref
+
+import pytest
+import torch
+from objectives import Case, zoo
+from torch import nn
+
+import curvature as cv
+from curvature.operators.engine import ENGINES, PATIENCE
+
+ZOO = pytest.mark.parametrize("case", zoo(), ids=str)
+MATRICES = pytest.mark.parametrize("matrix", [cv.hessian, cv.ggn], ids=["hessian", "ggn"])
+NO_FORWARD = {"lstm"}  # torch has no forward derivative of its fused LSTM
+
+
+def sizes(case: Case) -> tuple[int, ...]:
+    return 2, len(case.inputs) - 2
+
+
+@ZOO
+@MATRICES
+@pytest.mark.parametrize("engine", [e for e in ENGINES if e not in ("auto", "compiled")])
+def test_every_engine_gives_the_same_products(case, matrix, engine):
+    if engine == "forward" and case.name in NO_FORWARD:
+        pytest.skip("no forward derivative")
+    rows = cv.hessian(case.objective()).domain.draw(3, seed=2)
+    expected = matrix(case.objective(sizes(case))).apply(rows)
+    A = matrix(case.objective(sizes(case)), engine=engine)
+    for _ in range(2):
+        torch.testing.assert_close(A.apply(rows), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.slow
+@MATRICES
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_the_compiled_engine_gives_the_same_products(matrix):
+    if shutil.which("g++") is None:
+        pytest.skip("no compiler")
+    case = zoo()[1]
+    rows = cv.hessian(case.objective()).domain.draw(3, seed=2)
+    expected = matrix(case.objective()).apply(rows)
+    torch.testing.assert_close(
+        matrix(case.objective(), engine="compiled").apply(rows), expected, rtol=1e-10, atol=1e-12
+    )
+
+
+@ZOO
+def test_auto_gives_the_same_products_before_and_after_it_has_linearized(case):
+    A, reference = cv.ggn(case.objective(sizes(case))), cv.ggn(case.objective(sizes(case)), engine="recomputed")
+    rows = A.domain.draw(PATIENCE // 2 + 1, seed=0)
+    expected = reference.apply(rows)
+    for _ in range(3):
+        torch.testing.assert_close(A.apply(rows), expected, rtol=1e-10, atol=1e-12)
+
+
+class Counting(nn.Sequential):
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        Counting.calls += 1
+        return super().forward(x)
+
+
+class Reading:
+    """Batches that count how often each is read."""
+
+    def __init__(self, batches: list) -> None:
+        self.batches, self.reads = batches, 0
+
+    def __iter__(self):
+        for batch in self.batches:
+            self.reads += 1
+            yield batch
+
+
+def counting() -> tuple[cv.Objective, Reading]:
+    torch.manual_seed(0)
+    x, y = torch.randn(9, 3).double(), torch.randint(0, 2, (9,))
+    data = Reading([(x[:4], y[:4]), (x[4:], y[4:])])
+    objective = cv.Objective.of(Counting(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), "cross-entropy", data)
+    objective.check()
+    Counting.calls = data.reads = objective.meter.passes = 0
+    return objective, data
+
+
+@MATRICES
+def test_building_an_operator_costs_nothing(matrix):
+    objective, data = counting()
+    matrix(objective)
+    assert (Counting.calls, data.reads, objective.meter.passes) == (0, 0, 0)
+
+
+@MATRICES
+@pytest.mark.parametrize("engine", ["auto", "retained", "linearized"])
+def test_the_graph_of_each_batch_is_built_once(matrix, engine):
+    objective, data = counting()
+    A = matrix(objective, engine=engine)
+    rows = A.domain.draw(5, seed=0)
+    for _ in range(3):
+        A.apply(rows)
+    assert (Counting.calls, data.reads, objective.meter.passes) == (2, 2, 3)
+
+
+@MATRICES
+@pytest.mark.parametrize("options", [{"engine": "recomputed"}, {"memory": 10}, {"memory": 0}], ids=str)
+def test_with_little_memory_one_graph_is_alive_at_a_time(matrix, options):
+    objective, data = counting()
+    A = matrix(objective, **options)
+    rows = A.domain.draw(5, seed=0)
+    products = [A.apply(rows) for _ in range(3)]
+    assert Counting.calls == 6 and data.reads == (2 if "engine" in options else 6)
+    torch.testing.assert_close(products[2], products[0], rtol=0, atol=0)
+
+
+def test_what_is_kept_goes_with_the_operator():
+    objective, _ = counting()
+    A = cv.hessian(objective)
+    A.apply(A.domain.draw(1, seed=0))
+    kept = weakref.ref(A._passes)
+    del A
+    gc.collect()
+    assert kept() is None
+
+
+def test_an_unknown_engine_is_refused():
+    with pytest.raises(ValueError, match=r"engine is one of auto, retained, .*but got 'fast'"):
+        cv.hessian(zoo()[0].objective(), engine="fast")
+
+
+def test_the_call_of_other_libraries_is_answered():
+    with pytest.raises(TypeError, match=r"hessian takes an Objective, but got a Linear. Write hessian\(Objective.of"):
+        cv.hessian(nn.Linear(2, 2))
