@@ -204,7 +204,8 @@ def bias(values: torch.Tensor, *, probes: int, steps: int, seeds: int) -> torch.
     truth = figures(lambda p: (values.double() <= p.unsqueeze(1)).double().mean(1), lambda f: f(values.double()).mean())
     densities = (cv.spectral_density(A, probes=probes, steps=steps, seed=seed) for seed in range(seeds))
     found = torch.stack([figures(lambda p, d=d: d.cdf(p).value, lambda f, d=d: d.mean(f).value) for d in densities])
-    error = found.std(0) / seeds**0.5 + 1e-9 * truth.abs()  # an exact figure is off by rounding
+    rounding = max(1e-9, 10 * torch.finfo(values.dtype).eps)  # by which a figure that is exact is off
+    error = found.std(0) / seeds**0.5 + rounding * truth.abs()
     return (found.mean(0) - truth) / error
 
 
