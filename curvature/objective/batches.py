@@ -117,13 +117,20 @@ class _First:
             length = leading(batch)
             if left <= 0 or length is None:
                 return
-            yield batch if length <= left else _shortened(batch, length, left)
+            yield shortened(batch, left)
             left -= length
 
 
-def _shortened(batch: Any, length: int, kept: int) -> Any:
-    """The first `kept` examples of a batch of `length`; what has no axis of that length belongs to no example."""
-    return mapped(lambda leaf: leaf[:kept] if _has_axis(leaf) and len(leaf) == length else leaf, batch)
+def shortened(batch: Any, kept: int) -> Any:
+    """The first `kept` examples of a batch; what has no axis of its length belongs to no example."""
+    length = leading(batch)
+    if length is None or length <= kept:
+        return batch
+
+    def cut(leaf: Any) -> Any:
+        return leaf[:kept] if _has_axis(leaf) and len(leaf) == length and not _is_sparse(leaf) else leaf
+
+    return mapped(cut, batch)
 
 
 END = object()

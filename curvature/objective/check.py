@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from curvature.errors import BadObjective, CurvatureError, NonFinite, TooLarge, one_line
-from curvature.objective.batches import halves, leading, moved, stored_values
+from curvature.objective.batches import halves, leading, moved, shortened, stored_values
 from curvature.objective.products import gradient_graph, gradient_of, hessian_rows
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ SYMMETRY = {torch.float32: 1e-3, torch.float64: 1e-8}  # healthy networks show 1
 DIFFERENCE = 1e-2  # products against differences of float64 gradients: healthy ones agree to 1e-6, wrong ones to 0.2
 STEPS = (1e-7, 1e-4, 1e-9, 1e-11, 1e-11)  # of these differences, relative to the norm of the parameters
 BESIDE = 1e-2  # how far from the parameters they are taken, likewise: a bias of zero may lie exactly on a kink
+EXAMPLES = 8  # of the first batch, for these differences
 ROUNDING = 100  # units by which what is equal may differ
 REFUSING = ("torch::autograd::Error", "torch::autograd::NotImplemented", "Error", "NotImplemented")
 TWICE = ("derivative for", "differentiate twice", "double backward")
@@ -219,31 +220,43 @@ def _scan(grads: Sequence[Tensor]) -> None:
 def _difference(objective: Objective, batch: Any) -> float | None:
     """How far a Hessian product is from the central difference of gradients, relative to its norm, all in float64.
 
-    One step whose difference agrees is enough: a long one may cross kinks, a short one sees nothing but rounding where
-    a model computes parts of itself in float32 whatever it is given, and a wrong product agrees with none. None when
-    the model does not run in float64 (a float32 constant inside, say): then less is known. Raises BadObjective when no
-    difference agrees.
+    Of the first examples only, where the model takes them alone: float64 is slow. None when the model does not run in
+    float64 (a float32 constant inside, say): then less is known.
     """
     objective = objective.to(dtype=torch.float64)
-    space, batch = objective.space, moved(batch, objective.space.device, torch.float64)
+    batch = moved(batch, objective.space.device, torch.float64)
+    for part in (shortened(batch, EXAMPLES), batch):
+        try:
+            return _least_difference(objective, part)
+        except BadObjective:
+            raise
+        except Exception:
+            continue
+    return None
+
+
+def _least_difference(objective: Objective, batch: Any) -> float | None:
+    """The smallest such difference over a few steps; BadObjective when none agrees, None where nothing is finite.
+
+    One step whose difference agrees is enough: a long one may cross kinks, a short one sees nothing but rounding where
+    a model computes parts of itself in float32 whatever it is given, and a wrong product agrees with none.
+    """
+    space = objective.space
     center = space.flatten(objective.params.values())
     scale = max(1.0, _norm([center]))
     aside, *directions = space.draw(1 + len(STEPS), seed=objective.seed, kind="sphere") / space.size**0.5
     center = center + BESIDE * scale * aside
     least = math.inf
-    try:
-        still = _gradient(objective.at(center), batch) == 0  # padding_idx: rows that matter, and are held fixed
-        for step, direction in zip(STEPS, directions, strict=True):
-            direction = direction.masked_fill(still, 0)
-            product, h = _product(objective.at(center), batch, direction), step * scale
-            ahead, behind = (_gradient(objective.at(center + s * direction), batch) for s in (h, -h))
-            measured = (ahead - behind) / (2 * h)
-            size = max(_norm([measured]), _norm([product])) + ROUNDING / DIFFERENCE * space.eps * _norm([ahead]) / h
-            least = min(least, _norm([measured - product]) / size if size else 0.0)
-            if least <= DIFFERENCE:
-                return least
-    except Exception:
-        return None
+    still = _gradient(objective.at(center), batch) == 0  # padding_idx: rows that matter, and are held fixed
+    for step, direction in zip(STEPS, directions, strict=True):
+        direction = direction.masked_fill(still, 0)
+        product, h = _product(objective.at(center), batch, direction), step * scale
+        ahead, behind = (_gradient(objective.at(center + s * direction), batch) for s in (h, -h))
+        measured = (ahead - behind) / (2 * h)
+        size = max(_norm([measured]), _norm([product])) + ROUNDING / DIFFERENCE * space.eps * _norm([ahead]) / h
+        least = min(least, _norm([measured - product]) / size if size else 0.0)
+        if least <= DIFFERENCE:
+            return least
     if math.isinf(least):  # nowhere finite beside the parameters
         return None
     raise BadObjective(

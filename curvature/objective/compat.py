@@ -153,6 +153,27 @@ def _rnn(function: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         torch._C._set_cudnn_enabled(enabled)
 
 
+@_instead_of(F.batch_norm, name="batch_norm")
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """In evaluation the scaling and shift that it is: torch's double backward does the arithmetic of training."""
+    if training or running_mean is None or running_var is None:
+        return NotImplemented
+    scale = torch.rsqrt(running_var + eps)
+    scale = scale if weight is None else scale * weight
+    shift = -running_mean * scale if bias is None else bias - running_mean * scale
+    shape = (1, -1) + (1,) * (input.ndim - 2)
+    return input * scale.view(shape) + shift.view(shape)
+
+
 @_instead_of(torch._weight_norm, _aten._weight_norm.default, name="weight_norm")
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """g v / |v|, as torch computes it where its fused kernel (dim 0 or the last) does not apply.

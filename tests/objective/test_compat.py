@@ -111,6 +111,9 @@ old_weight_norm, new_weight_norm = nn.utils.weight_norm, nn.utils.parametrizatio
 one = {"weight_norm": 1}
 
 REWRITES = [
+    Case("batch_norm, evaluation", layer(lambda: nn.BatchNorm2d(3).eval(), (4, 3, 2, 2)), {"batch_norm": 1}),
+    Case("batch_norm, no affine", layer(lambda: nn.BatchNorm1d(3, affine=False).eval(), (4, 3)), {"batch_norm": 1}),
+    Case("batch_norm, training", layer(lambda: nn.BatchNorm1d(3).train(), (4, 3)), {}),
     Case("weight_norm, old", layer(lambda: old_weight_norm(nn.Linear(3, 4)), (5, 3)), one),
     Case("weight_norm, new", layer(lambda: new_weight_norm(nn.Linear(3, 4)), (5, 3)), one),
     Case("weight_norm, dim=None", layer(lambda: new_weight_norm(nn.Linear(3, 4), dim=None), (5, 3)), one),
@@ -177,7 +180,6 @@ AS_IS = [
         for name, make in [("LSTM", nn.LSTM), ("GRU", nn.GRU), ("RNN", nn.RNN)]
     ),
     Case("BatchNorm", layer(lambda: nn.BatchNorm1d(4), (5, 4)), {}),
-    Case("BatchNorm, eval", layer(lambda: nn.BatchNorm1d(4).eval(), (5, 4)), {}),
     Case(
         "spectral_norm, eval",
         layer(lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)).eval(), (5, 3)),
