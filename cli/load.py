@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,7 @@ def _from_made(made: Any, name: str, task: Task) -> cv.Objective:
         "select": _select(task),
         "mode": task.mode or "eval",
         "dtype": _dtype(task),
+        "l2": task.l2,
         **_cut(task),
     }
     assert task.loss is not None
@@ -125,6 +127,8 @@ def _adjusted(objective: cv.Objective, task: Task, *, loaded: bool = False) -> c
         objective = objective.on(_data(task), **_cut(task))
     if task.mode is not None and task.mode != objective.mode:
         objective = objective.in_mode(task.mode)
+    if task.l2:
+        objective = replace(objective, l2=task.l2)
     return objective.first(task.max_examples).to(dtype=_dtype(task), device=_device(task))
 
 

@@ -62,6 +62,8 @@ class Task:
     "Whether batch normalisation and dropout act as in evaluation (the default) or in training (fixed masks)."
     dtype: Literal["float32", "float64"] | None = None
     "Precision of the computation; by default that of the weights."
+    l2: Annotated[float, Parameter(validator=Number(gte=0))] = 0.0
+    "The weight decay of training, as a part of the loss: l2/2 times the squared parameters."
     device: str = "auto"
     "cpu, cuda, cuda:1, ...; auto is cuda where there is one."
     trust: Annotated[bool, Parameter(negative=(), group=SAFETY)] = False

@@ -79,7 +79,7 @@ class LinearOperator(ABC):
         while stack:
             operator = stack.pop()
             if operator.parts:
-                stack.extend(operator.parts)
+                stack.extend(reversed(operator.parts))
             else:
                 seen[id(operator)] = operator
         yield from seen.values()

@@ -1,4 +1,4 @@
-"""The function being studied: L(params) = sum of the loss over all terms of the data / number of terms.
+"""The function being studied: L(params) = sum of the loss over all terms of the data / their number + l2/2 |params|^2.
 
 Everything downstream (operators, probes, diagnostics) asks an Objective and reads data only through its `average`.
 """
@@ -49,6 +49,7 @@ class Objective:
     batches: Batches
     mode: Mode = "eval"
     seed: int = 0
+    l2: float = 0.0
     meter: Meter = field(default_factory=Meter)
     _health: list[Health] = field(default_factory=list, repr=False)  # empty, or what the check found
 
@@ -64,6 +65,7 @@ class Objective:
         dtype: torch.dtype | None = None,
         batch_size: Cut = "auto",
         seed: int = 0,
+        l2: float = 0.0,
     ) -> Objective:
         """The objective of a model whose outputs `loss` compares with targets.
 
@@ -72,11 +74,11 @@ class Objective:
         tensors, read `batch_size` examples at a time (256; None is for models that couple examples). A batch is
         (inputs, targets), or a dict whose "labels" (or "targets") are compared and whose rest are keywords of the
         model. `select` names parameters by globs or a predicate; all trainable ones by default. `dtype` is that of the
-        computation: by default that of the parameters, float32 for half precision. Raises BadObjective, before anything
-        is computed.
+        computation: by default that of the parameters, float32 for half precision. `l2` is the weight decay that the
+        selected parameters were trained with. Raises BadObjective, before anything is computed.
         """
         function = OutputLoss(_unwrapped(module), as_loss(loss))
-        return cls._make(function, Batches.of(data, batch_size=batch_size), select, mode, dtype, seed)
+        return cls._make(function, Batches.of(data, batch_size=batch_size), select, mode, dtype, seed, l2)
 
     @classmethod
     def from_loss(
@@ -91,6 +93,7 @@ class Objective:
         dtype: torch.dtype | None = None,
         batch_size: Cut = None,
         seed: int = 0,
+        l2: float = 0.0,
     ) -> Objective:
         """The objective of any scalar `loss(module, batch)`, a mean over `terms(batch)` terms. Hessian only.
 
@@ -99,7 +102,7 @@ class Objective:
         `batch_size` cuts them.
         """
         function = ScalarLoss(_unwrapped(module), loss, terms)
-        return cls._make(function, Batches.of(data, batch_size=batch_size), select, mode, dtype, seed)
+        return cls._make(function, Batches.of(data, batch_size=batch_size), select, mode, dtype, seed, l2)
 
     @classmethod
     def _make(
@@ -110,6 +113,7 @@ class Objective:
         mode: Mode,
         dtype: torch.dtype | None,
         seed: int,
+        l2: float,
     ) -> Objective:
         params = chosen(function.module, select)
         _check_placement(params)
@@ -124,11 +128,14 @@ class Objective:
             batches=replace(batches, seed=seed),
             mode=mode,
             seed=seed,
+            l2=l2,
         )
 
     def __post_init__(self) -> None:
         if self.mode not in ("eval", "train"):
             raise ValueError(f"mode is 'eval' or 'train', but got {self.mode!r}.")
+        if not 0 <= self.l2 < float("inf"):
+            raise ValueError(f"l2 is a finite number, 0 or more, but got {self.l2!r}.")
 
     @cached_property
     def space(self) -> ParamSpace:
@@ -168,11 +175,13 @@ class Objective:
         def term(batch: Any) -> Tensor:
             return self.total(self.params, batch).detach().double()  # no_grad would break losses with input derivatives
 
-        return float(self.average(term))
+        square = sum(float(p.double().square().sum()) for p in self.params.values()) if self.l2 else 0.0
+        return float(self.average(term)) + self.l2 / 2 * square
 
     def gradient(self) -> Float[Tensor, " n"]:
         """The gradient of L at the parameters, flat."""
-        return self.average(lambda batch: gradient_of(self, batch))
+        gradient = self.average(lambda batch: gradient_of(self, batch))
+        return gradient + self.l2 * self.space.flatten(self.params.values()) if self.l2 else gradient
 
     def leaves(self) -> dict[str, Tensor]:
         """The parameters as fresh leaves of a graph."""

@@ -48,6 +48,7 @@ def save(objective: Objective, path: Path, *, data: str | Path | None = None) ->
         "data": _data_entry(objective, path, data),
         "mode": objective.mode,
         "seed": objective.seed,
+        "l2": objective.l2,
     }
     buffer = io.BytesIO()
     torch.save(contents, buffer)
@@ -86,7 +87,8 @@ def load(
         frozen = {name: state[name] for name, _ in module.named_parameters() if name not in params}
         buffers = {name: state[name] for name, _ in module.named_buffers()}
         held = {name: t.shape for name, t in {**params, **frozen, **buffers}.items()}
-        objective = Objective(function, params, frozen, buffers, dataclasses.replace(batches, seed=seed), mode, seed)
+        batches = dataclasses.replace(batches, seed=seed)
+        objective = Objective(function, params, frozen, buffers, batches, mode, seed, contents.get("l2", 0.0))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadFile(
             f"{path} is not a complete objective: {error!r}.", "Write it again with objective.save."

@@ -44,7 +44,7 @@ class Recipe(NamedTuple):
 
 
 class ObjectiveOperator(LinearOperator):
-    """A symmetric matrix that is an average over the terms of an objective's data.
+    """A symmetric matrix that is an average over the terms of an objective's data; `regularised`, plus l2 I.
 
     The matrix never changes: parameters, data and random masks are those of the objective it was made from. A product
     with a block of vectors is one pass over the data, which are read only once if what is kept of them fits into
@@ -67,17 +67,15 @@ class ObjectiveOperator(LinearOperator):
         recipe: Recipe,
         *,
         psd: bool = False,
+        regularised: bool = False,
         engine: Engine = "auto",
         memory: Memory = "auto",
     ) -> None:
-        if not isinstance(objective, Objective):
-            raise TypeError(
-                f"{name} takes an Objective, but got a {type(objective).__name__}. "
-                f"Write {name}(Objective.of(model, loss, data))."
-            )
+        need_objective(name, objective)
         if engine not in ENGINES:
             raise ValueError(f"engine is one of {', '.join(ENGINES)}, but got {engine!r}.")
         self.name, self.objective, self.recipe, self.psd = name, objective, recipe, psd
+        self.l2 = objective.l2 if regularised else 0.0
         self.engine: Engine = engine
         self.memory: Memory = memory
         self.domain = self.codomain = objective.space
@@ -87,7 +85,7 @@ class ObjectiveOperator(LinearOperator):
     @property
     def source(self) -> Mapping[str, Any]:
         """The operator, its function and the fingerprints of model and data."""
-        return {**source_of(self.name, self.objective), "engine": self.engine}
+        return {**source_of(self.name, self.objective), "l2": self.l2, "engine": self.engine}
 
     def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
         health = self.objective.check()
@@ -95,10 +93,20 @@ class ObjectiveOperator(LinearOperator):
             held = 0.0 if self.engine in ("recomputed", "forward") else health.example_bytes
             budget = budget_of(self.memory, self.device)
             self._passes = Passes(self.objective, self._share, budget=budget, example=held)
-        return self._passes.average(lambda share: share(rows))
+        products = self._passes.average(lambda share: share(rows))
+        return products + self.l2 * rows if self.l2 else products
 
     def _share(self, index: int, batch: Any) -> Share:
         return ENGINES[self.engine](self.recipe, self.objective, index, batch)
+
+
+def need_objective(name: str, objective: object) -> None:
+    """TypeError for the arguments of other libraries, with how to write it here."""
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"{name} takes an Objective, but got a {type(objective).__name__}. "
+            f"Write {name}(Objective.of(model, loss, data))."
+        )
 
 
 def budget_of(memory: Memory, device: torch.device) -> float:

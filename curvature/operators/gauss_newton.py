@@ -20,7 +20,7 @@ from curvature.objective.batches import leading
 from curvature.objective.losses import Likelihood, lacking
 from curvature.objective.objective import Objective
 from curvature.objective.products import gradient_of, jacobian_graph
-from curvature.operators.engine import Engine, Linear, Memory, ObjectiveOperator, Recipe
+from curvature.operators.engine import Engine, Linear, Memory, ObjectiveOperator, Recipe, need_objective
 
 
 class Middle(Protocol):
@@ -33,11 +33,11 @@ def ggn(objective: Objective, *, engine: Engine = "auto", memory: Memory = "auto
     """G = mean over terms of J^T M J, (n, n), psd: J the Jacobian of the outputs, M the Hessian of the loss at them.
 
     The Hessian is G plus residuals times second derivatives of the model. For cross-entropy and squared error G is the
-    Fisher information. Needs outputs and a convex Loss: Objective.of, not from_loss.
+    Fisher information. Needs outputs and a convex Loss: Objective.of, not from_loss. The regulariser adds l2 I.
 
     Schraudolph 2002, Fast curvature matrix-vector products; Martens 2020 (arXiv:1412.1193).
     """
-    return gauss_newton("ggn", objective, _curved(objective), engine=engine, memory=memory)
+    return gauss_newton("ggn", objective, _curved(objective), regularised=True, engine=engine, memory=memory)
 
 
 def fisher(
@@ -103,11 +103,17 @@ class _Covariance(LinearOperator):
 
 
 def gauss_newton(
-    name: str, objective: Objective, middle: Middle, *, engine: Engine = "auto", memory: Memory = "auto"
+    name: str,
+    objective: Objective,
+    middle: Middle,
+    *,
+    regularised: bool = False,
+    engine: Engine = "auto",
+    memory: Memory = "auto",
 ) -> LinearOperator:
-    """The mean over terms of J^T M J with M what `middle` makes of outputs and targets."""
+    """The mean over terms of J^T M J with M what `middle` makes of outputs and targets, `regularised`, plus l2 I."""
     recipe = Recipe(partial(_reverse, middle), partial(_forward, middle), spare=True)
-    return ObjectiveOperator(name, objective, recipe, psd=True, engine=engine, memory=memory)
+    return ObjectiveOperator(name, objective, recipe, psd=True, regularised=regularised, engine=engine, memory=memory)
 
 
 def _reverse(middle: Middle, objective: Objective, index: int, batch: Any) -> Linear:
@@ -134,6 +140,7 @@ def _forward(middle: Middle, objective: Objective, index: int, batch: Any) -> Li
 
 def _curved(objective: Objective) -> Middle:
     """M of the GGN: the closed-form Hessian product of the loss."""
+    need_objective("ggn", objective)
     loss = objective.loss
     if "ggn" not in loss.offers:
         raise lacking(loss, "ggn")
@@ -141,6 +148,7 @@ def _curved(objective: Objective) -> Middle:
 
 
 def _likelihood(objective: Objective, name: str) -> Likelihood:
+    need_objective(name, objective)
     loss = objective.loss
     if "sample" in loss.offers and isinstance(loss, Likelihood):
         return loss

@@ -14,7 +14,7 @@ from curvature.operators.engine import Engine, Linear, Memory, ObjectiveOperator
 
 
 def hessian(objective: Objective, *, engine: Engine = "auto", memory: Memory = "auto") -> LinearOperator:
-    """The Hessian of the mean loss over all terms of the data, (n, n) for n selected parameters, exact.
+    """The Hessian of the mean loss over all terms of the data and its regulariser, (n, n) for n selected parameters.
 
     A product with a block of vectors is one pass over the data: per batch one graph of the gradient, kept within
     `memory` bytes (a quarter of what is free), and one backward through it for each vector (1.5 to 2 gradients). With
@@ -22,7 +22,8 @@ def hessian(objective: Objective, *, engine: Engine = "auto", memory: Memory = "
 
     Pearlmutter 1994, Fast exact multiplication by the Hessian.
     """
-    return ObjectiveOperator("hessian", objective, Recipe(_reverse, _forward), engine=engine, memory=memory)
+    recipe = Recipe(_reverse, _forward)
+    return ObjectiveOperator("hessian", objective, recipe, regularised=True, engine=engine, memory=memory)
 
 
 def _reverse(objective: Objective, index: int, batch: Any) -> Linear:

@@ -15,7 +15,7 @@ from curvature.linalg.space import Space
 from curvature.objective.objective import Objective
 from curvature.objective.passes import Passes
 from curvature.objective.products import Jacobian, jacobian_graph
-from curvature.operators.engine import Memory, budget_of, source_of
+from curvature.operators.engine import Memory, budget_of, need_objective, source_of
 
 
 def jacobian(objective: Objective, *, memory: Memory = "auto") -> LinearOperator:
@@ -40,6 +40,7 @@ def ntk(objective: Objective, *, memory: Memory = "auto") -> LinearOperator:
 
 class _Jacobian(LinearOperator):
     def __init__(self, objective: Objective, memory: Memory) -> None:
+        need_objective("jacobian", objective)
         self.objective = objective
         self.memory: Memory = memory
         self.domain = objective.space

@@ -74,7 +74,7 @@ def stock() -> nn.Sequential:
 def same(a: cv.Objective, b: cv.Objective) -> None:
     """The same function to the last bit, and the same in all that is said of it."""
     assert a.space == b.space
-    assert (a.mode, a.seed, a.function.name) == (b.mode, b.seed, b.function.name)
+    assert (a.mode, a.seed, a.l2, a.function.name) == (b.mode, b.seed, b.l2, b.function.name)
     for kind in ("params", "frozen", "buffers"):
         one, other = getattr(a, kind), getattr(b, kind)
         assert one.keys() == other.keys()
@@ -104,7 +104,9 @@ def test_stock_models_come_back(case, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("select", [None, "4.*", ["0.bias", "1.*"]])
 def test_options_come_back(select, mode, dtype, tmp_path):
-    objective = cv.Objective.of(stock(), "cross-entropy", data(), select=select, mode=mode, dtype=dtype, seed=11)
+    objective = cv.Objective.of(
+        stock(), "cross-entropy", data(), select=select, mode=mode, dtype=dtype, seed=11, l2=0.1
+    )
     same(there_and_back(objective, tmp_path), objective)
 
 

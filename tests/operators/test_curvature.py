@@ -120,3 +120,20 @@ def test_unused_parameters_have_zero_curvature():
     assert objective.check().unused == ("extra",)
     row = cv.hessian(objective) @ torch.ones(objective.space.size).double()
     assert objective.space.named(row)["extra"].abs().max() == 0
+
+
+def test_the_regulariser_of_training_is_part_of_the_function():
+    case = zoo()[1]
+    plain, decayed = case.objective(), case.objective(l2=0.3)
+    flat = case.flat.requires_grad_()
+    value = case.value(flat) + 0.15 * flat.square().sum()
+    assert decayed.value() == pytest.approx(value.item(), rel=1e-12)
+    torch.testing.assert_close(decayed.gradient(), torch.autograd.grad(value, flat)[0], rtol=1e-10, atol=1e-13)
+    shift = 0.3 * torch.eye(plain.space.size).double()
+    for matrix in (cv.hessian, cv.ggn):
+        torch.testing.assert_close(matrix(decayed).dense(), matrix(plain).dense() + shift, rtol=1e-10, atol=1e-12)
+    fisher = (cv.empirical_fisher(objective).dense() for objective in (plain, decayed))
+    torch.testing.assert_close(*fisher, rtol=0, atol=0)  # of the likelihood alone
+    assert cv.eigsh(cv.hessian(decayed), 1).origin.operator["l2"] == 0.3
+    with pytest.raises(ValueError, match=r"l2 is a finite number, 0 or more, but got -1"):
+        case.objective(l2=-1)

@@ -134,5 +134,9 @@ def test_an_unknown_engine_is_refused():
 
 
 def test_the_call_of_other_libraries_is_answered():
-    with pytest.raises(TypeError, match=r"hessian takes an Objective, but got a Linear. Write hessian\(Objective.of"):
-        cv.hessian(nn.Linear(2, 2))
+    for make in (cv.hessian, cv.ggn, cv.fisher, cv.jacobian):
+        name = make.__name__
+        with pytest.raises(
+            TypeError, match=rf"{name} takes an Objective, but got a Linear. Write {name}\(Objective.of"
+        ):
+            make(nn.Linear(2, 2))
