@@ -228,3 +228,67 @@ class TestCausalLanguageModel:
         "vocab_size": 97, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4,
         "bos_token_id": 0, "eos_token_id": 0,
     }  # fmt: skip
+
+
+def tiny(kind: str, attention: str | None = None) -> Any:
+    """A GPT-2 or a Llama with random weights, small enough for dense references."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    options = {} if attention is None else {"attn_implementation": attention}
+    if kind == "GPT-2":
+        sizes = {"vocab_size": 13, "n_positions": 8, "n_embd": 4, "n_layer": 1, "n_head": 2}
+        return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, **options))
+    sizes = {"vocab_size": 13, "hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **options))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["GPT-2", "Llama"])
+def test_language_models_unmodified_agree_with_eager_attention(kind, dtype, checkpointing):
+    """Default attention, weights of either precision: eigenvalues, trace and density of both matrices."""
+    need("transformers")
+    torch.manual_seed(0)
+    model = tiny(kind).to(dtype).eval()
+    eager = tiny(kind, "eager").double().eval()
+    eager.load_state_dict(model.state_dict())
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        for part in model.modules():  # without dropout, so that training, in which alone they checkpoint, is the same
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.0
+    ids = torch.randint(0, 13, (3, 6))
+    labels = ids[:, 1:].clone()
+    labels[1, 3:] = -100
+    batch = {"input_ids": ids[:, :-1], "labels": labels}
+    mode = "train" if checkpointing else "eval"
+    objective = cv.Objective.of(model, "cross-entropy", [batch], dtype=torch.float64, mode=mode)
+    params = dict(eager.named_parameters())
+
+    def outputs(flat: Tensor) -> Tensor:
+        named = {name: part.view(params[name].shape) for name, part in zip(params, flat.split(sizes), strict=True)}
+        return torch.func.functional_call(eager, named, (ids[:, :-1],)).logits[labels != -100]
+
+    sizes = [p.numel() for p in params.values()]
+    flat = torch.cat([p.detach().reshape(-1) for p in params.values()])
+    kept = labels[labels != -100]
+    J = torch.autograd.functional.jacobian(outputs, flat)
+    p = outputs(flat).detach().softmax(-1)
+    M = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    dense = {
+        cv.hessian: torch.autograd.functional.hessian(lambda v: F.cross_entropy(outputs(v), kept), flat),
+        cv.ggn: torch.einsum("tcn,tcd,tdm->nm", J, M, J) / len(kept),
+    }
+    assert objective.space.names == tuple(params)
+    tolerance = 1e-6 if kind == "Llama" else 1e-9  # whose norms are computed in float32 whatever they are given
+    for make, expected in dense.items():
+        A, exact = make(objective), torch.linalg.eigvalsh(expected)
+        size = float(exact.abs().max())
+        rows = A.domain.draw(2, seed=1)
+        torch.testing.assert_close(A.apply(rows), rows @ expected, rtol=0, atol=tolerance * size * rows.shape[1])
+        torch.testing.assert_close(cv.eigsh(A, 3).values, exact.flip(0)[:3], rtol=0, atol=tolerance * size)
+        low, high = cv.trace(A, products=60).interval(0.999)
+        assert low <= exact.sum() <= high
+        density = cv.spectral_density(A, probes=4, steps=20)
+        assert float(density.nodes[-1]) == pytest.approx(float(exact[-1]), abs=tolerance * size)

@@ -16,6 +16,8 @@ from curvature.linalg.measurement import Measurement
 from curvature.linalg.memory import need_basis
 from curvature.linalg.space import CHUNK, Space
 
+ROUNDED = 1e-6  # of the norm: as asymmetric as float64 products of models that compute parts in float32 may be
+
 
 class Krylov:
     """Rows V, orthonormal, and T = V A V^T in float64, grown by `step`.
@@ -160,7 +162,7 @@ class Krylov:
         square = coefficients[:, frontier]
         asymmetry = max(float(asymmetry), float((square - square.T).abs().max()))
         self.noise = max(self.noise, asymmetry)
-        if asymmetry > self.space.eps**0.5 * self.scale:
+        if asymmetry > max(self.space.eps**0.5, ROUNDED) * self.scale:
             raise ValueError(
                 f"The operator is not symmetric: |u.Av - v.Au| reached {asymmetry:.2g}, with |A| about "
                 f"{self.scale:.2g}. If it comes from a model, objective.check() looks for the cause."
