@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from curvature.linalg.memory import free_bytes
@@ -55,7 +55,7 @@ class ObjectiveOperator(LinearOperator):
     "linearized": the backward passes through the retained graph, traced into a plain program without autograd.
     "compiled": that program, compiled by torch.compile.
     "forward": forward over reverse, many vectors at once, through `torch.func`.
-    "auto": retained; linearized after some products if that saves arithmetic.
+    "auto": retained; linearized after some products where that saves arithmetic, with convolutions.
     """
 
     symmetric = True
@@ -154,13 +154,14 @@ def _compiled(recipe: Recipe, objective: Objective, index: int, batch: Any) -> S
 
 
 def _auto(recipe: Recipe, objective: Objective, index: int, batch: Any) -> Share:
-    """Retained, until there have been enough products that tracing pays."""
+    """Retained, until there have been enough products that tracing pays: with convolutions."""
     linear = recipe.reverse(objective, index, batch)
+    spare = recipe.spare and any(isinstance(m, nn.modules.conv._ConvNd) for m in objective.function.module.modules())
     done = 0
 
     def share(rows: Tensor) -> Tensor:
         nonlocal linear, done
-        if recipe.spare and done < PATIENCE <= done + len(rows):
+        if spare and done < PATIENCE <= done + len(rows):
             try:
                 linear = _traced(linear, objective)
             except Exception:  # code that no tracer can follow, such as NumPy's: what is there is right, and stays
