@@ -17,6 +17,7 @@ from curvature.result import Estimate, student_quantile
 
 POINTS = 800
 LABELS = 6  # outliers that get their value written beside them
+ROOM = 0.02  # of the axis, that the label of a stick takes
 
 
 def draw_density(result: SpectralDensity, ax: Axes, *, color: str = BLUE, label: str = "bulk", **style: Any) -> Axes:
@@ -69,15 +70,20 @@ def draw_estimate(result: Estimate, ax: Axes, *, color: str = BLUE, level: float
 
 
 def _draw_sticks(result: SpectralDensity, ax: Axes, lowest: float) -> None:
-    """Outliers stand one eigenvalue high; the largest in magnitude carry their value."""
+    """Outliers stand one eigenvalue high; the largest in magnitude carry their value, where there is room."""
     outliers = result.outliers.numpy()
     if not len(outliers):
         return
     ax.vlines(outliers, lowest, 1 / result.size, color=ORANGE, lw=1.2,
               label=f"{len(outliers)} outliers, one eigenvalue each")  # fmt: skip
     ax.plot(outliers, np.full(len(outliers), 1 / result.size), "o", color=ORANGE, ms=3)
-    shown = outliers[np.argsort(-np.abs(outliers))][:LABELS]
-    for value in shown:
+    low, high = (_forward(node.numpy(), result.unit) for node in result.nodes[[0, -1]])
+    placed: list[float] = []
+    for value in outliers[np.argsort(-np.abs(outliers))]:
+        place = float(_forward(value, result.unit))
+        if len(placed) == LABELS or any(abs(place - other) < ROOM * (high - low) for other in placed):
+            continue
+        placed.append(place)
         ax.annotate(f"{value:.3g}", (value, 1 / result.size), (0, 5), textcoords="offset points", rotation=90,
                     fontsize="x-small", color=BLACK, ha="center", va="bottom")  # fmt: skip
 
