@@ -88,7 +88,7 @@ def load(
         buffers = {name: state[name] for name, _ in module.named_buffers()}
         held = {name: t.shape for name, t in {**params, **frozen, **buffers}.items()}
         batches = dataclasses.replace(batches, seed=seed)
-        objective = Objective(function, params, frozen, buffers, batches, mode, seed, contents.get("l2", 0.0))
+        objective = Objective(function, params, frozen, buffers, batches, mode, seed, contents["l2"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadFile(
             f"{path} is not a complete objective: {error!r}.", "Write it again with objective.save."
