@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,8 +45,7 @@ class Measurement:
 
     def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
         """A times each row; NonFinite when a product is not finite, which would poison all that follows."""
-        if not self.products:
-            self.operator.source  # noqa: B018  # hashes model and data: should that fail, then before the work
+        _ = self.described  # hashes model and data: should that fail, then before the work
         self.products += len(rows)
         product = self.operator.apply(rows).detach()  # of a matrix that is a parameter, say
         if not torch.isfinite(product).all():
@@ -72,7 +72,12 @@ class Measurement:
     @property
     def origin(self) -> Origin:
         """What is needed to ask the same again."""
-        return Origin(question=self.question, options=self.options, seed=self.seed, operator=describe(self.operator))
+        return Origin(question=self.question, options=self.options, seed=self.seed, operator=self.described)
+
+    @cached_property
+    def described(self) -> dict[str, Any]:
+        """What the operator was made from."""
+        return describe(self.operator)
 
     def _passes_of_parts(self) -> int:
         meters = {id(leaf.meter): leaf.meter for leaf in self.operator.leaves() if leaf.meter}

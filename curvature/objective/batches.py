@@ -184,14 +184,24 @@ def leaves(batch: Any) -> Iterator[Any]:
         yield batch
 
 
+def arrays(batch: Any) -> Iterator[Any]:
+    """The tensors and arrays among them."""
+    return filter(_is_array, leaves(batch))
+
+
 def leading(batch: Any) -> int | None:
     """The length of the first axis of the first tensor or array in the batch, if there is one."""
-    return next((len(leaf) for leaf in leaves(batch) if _has_axis(leaf)), None)
+    return next((len(leaf) for leaf in arrays(batch) if leaf.ndim), None)
+
+
+def bytes_of(batch: Any) -> int:
+    """What the tensors and arrays in the batch hold."""
+    return sum(stored_values(leaf).nbytes if isinstance(leaf, Tensor) else leaf.nbytes for leaf in arrays(batch))
 
 
 def lengths(batch: Any) -> set[int]:
     """The lengths of the first axes of all tensors and arrays in the batch."""
-    return {len(leaf) for leaf in leaves(batch) if _has_axis(leaf)}
+    return {len(leaf) for leaf in arrays(batch) if leaf.ndim}
 
 
 def targets_of(batch: Any) -> Any:
@@ -261,9 +271,7 @@ def _is_sparse(leaf: Any) -> bool:
 
 def stored_values(tensor: Tensor) -> Tensor:
     """The numbers that a tensor holds: of a sparse one those that are not left out."""
-    if not _is_sparse(tensor):
-        return tensor
-    return tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor.values()
+    return _strided_parts(tensor)[-1]
 
 
 def _rebuilt(original: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:

@@ -72,9 +72,7 @@ def examine(objective: Objective) -> Health:
         if asymmetry and not (difference is not None and asymmetry < SYMMETRY[torch.float32]):
             raise _asymmetric(asymmetry, verified=difference is not None)
     except Exception as error:  # models and losses can raise anything
-        if objective.batches.cut and isinstance(error, RuntimeError | IndexError | ValueError):
-            raise _coupled(f"the model or the loss fails on the first batch ({one_line(error)})") from error
-        raise explained(error, 1) from error
+        raise explained(error, 1, cut=objective.batches.cut) from error
     return Health(dict(rewrites), unused, difference, held / (leading(batch) or 1))
 
 
@@ -280,8 +278,11 @@ def _norm(tensors: Iterable[Tensor]) -> float:
     return math.hypot(*(float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in tensors))
 
 
-def explained(error: Exception, number: int) -> CurvatureError:
-    """An error of the user's model or loss in batch `number`, or of torch about it, in our words."""
+def explained(error: Exception, number: int, *, cut: bool = False) -> CurvatureError:
+    """An error of the user's model or loss in batch `number`, or of torch about it, in our words.
+
+    Shapes may not fit because the batch was `cut` along an axis that counts no examples.
+    """
     if isinstance(error, CurvatureError):
         return error
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
@@ -293,6 +294,8 @@ def explained(error: Exception, number: int) -> CurvatureError:
             f"The model has no second derivatives: {one_line(error)}.",
             "Replace that layer or loss by plain torch operations (attention: the math or eager implementation).",
         )
+    if cut and isinstance(error, RuntimeError | IndexError | ValueError):
+        return _coupled(f"the model or the loss fails on the first batch ({one_line(error)})")
     return BadObjective(
         f"The model or the loss failed on batch {number}: {one_line(error)}.",
         "Check that inputs and targets have the shapes and dtypes they expect.",

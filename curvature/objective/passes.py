@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from curvature.errors import BadObjective
-from curvature.objective.batches import leading, moved
+from curvature.objective.batches import bytes_of, leading, moved
 from curvature.objective.check import explained
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Passes:
     """Passes over the data of an objective, each batch prepared by `prepare` in the state models are called in.
 
     What the first pass has prepared is kept, and the data not read again, if all of it is expected to fit into `budget`
-    bytes, at `example` bytes an example; else every pass reads and prepares the batches anew, one at a time.
+    bytes: the batches, and `example` bytes for each example; else every pass reads and prepares them anew, one by one.
     """
 
     def __init__(
@@ -81,9 +81,11 @@ class Passes:
                 except Exception as error:  # models and losses can raise anything
                     raise explained(error, index + 1) from error
                 if kept is None and self.keeping:
-                    size += self.example * (leading(item) or 1)
+                    size += bytes_of(item) + self.example * (leading(item) or 1)
                     self.keeping = size <= self.budget
-                    fresh = [*fresh, part] if self.keeping else []
+                    fresh.append(part)
+                    if not self.keeping:
+                        fresh.clear()
                 del part  # its graph, before the next one is built
         if kept is None and self.keeping:
             self.kept = fresh

@@ -550,6 +550,41 @@ def test_what_does_not_fall_into_examples_is_not_cut_silently(name):
     torch.testing.assert_close(cv.hessian(whole).apply(rows)[0], expected, rtol=1e-3, atol=1e-5)
 
 
+class Once(torch.autograd.Function):
+    """Its backward has no derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad * 2
+
+
+class OutOfMemory(Graph):
+    def forward(self, x: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+
+class NoSecond(Graph):
+    def forward(self, x: Tensor) -> Tensor:
+        return Once.apply(self.last(x).tanh())
+
+
+@pytest.mark.parametrize(
+    "model, error, words",
+    [
+        (OutOfMemory(), cv.TooLarge, "does not fit into memory"),
+        (NoSecond(), cv.BadObjective, "cannot be differentiated again"),
+    ],
+)
+def test_other_failures_of_cut_data_are_explained_as_ever(model, error, words):
+    with pytest.raises(error, match=words):
+        cv.Objective.of(model, "cross-entropy", (torch.randn(300, 4), torch.randint(0, 3, (300,)))).check()
+
+
 def test_sparse_tensors_are_batches_like_others():
     """A graph as a sparse matrix: never cut, hashed by what it holds."""
     adjacency = (torch.rand(20, 20) < 0.2).double().to_sparse()

@@ -118,6 +118,14 @@ def test_with_little_memory_one_graph_is_alive_at_a_time(matrix, options):
     torch.testing.assert_close(products[2], products[0], rtol=0, atol=0)
 
 
+def test_batches_that_do_not_fit_are_not_kept_whatever_the_engine():
+    objective, data = counting()
+    A = cv.hessian(objective, engine="recomputed", memory=100)  # the first batch alone has 128 bytes
+    for _ in range(3):
+        A.apply(A.domain.draw(1, seed=0))
+    assert data.reads == 6
+
+
 def test_what_is_kept_goes_with_the_operator():
     objective, _ = counting()
     A = cv.hessian(objective)
