@@ -7,10 +7,9 @@ ten gradients, this finds them.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from curvature.errors import BadObjective, CurvatureError, NonFinite, TooLarge, one_line
 from curvature.objective.batches import halves, leading, moved, shortened, stored_values
-from curvature.objective.products import gradient_graph, gradient_of, hessian_rows
+from curvature.objective.products import gradient_graph, gradient_of, hessian_product
 
 if TYPE_CHECKING:
     from curvature.objective.objective import Objective
@@ -148,7 +147,7 @@ def _probe(objective: Objective, batch: Any) -> tuple[tuple[str, ...], float, in
             raise NonFinite(f"The gradient with respect to {name} is not finite.", "Check the loss for overflow.")
     _scan([g for g in grads if g is not None])
     rows = space.draw(2, seed=objective.seed, kind="normal")
-    products = hessian_rows(space, leaves, grads, rows)
+    products = torch.stack([hessian_product(space, leaves, grads, row) for row in rows])
     forms = space.inner(rows, products)
     gap, size = float((forms[0, 1] - forms[1, 0]).abs()), float(space.norms(products).sum())
     noise = ROUNDING * space.eps * _norm(g.detach() for g in grads if g is not None) * space.size**0.5
@@ -163,7 +162,7 @@ def _saved_bytes() -> Iterator[dict[int, int]]:
     held: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        with contextlib.suppress(NotImplementedError, RuntimeError):  # sparse tensors have no storage
+        with suppress(NotImplementedError, RuntimeError):  # sparse tensors have no storage
             storage = tensor.untyped_storage()
             held[storage.data_ptr()] = storage.nbytes()
         return tensor
@@ -265,7 +264,7 @@ def _least_difference(objective: Objective, batch: Any) -> float | None:
 
 def _product(objective: Objective, batch: Any, row: Tensor) -> Tensor:
     with objective.context(), objective.randomness():
-        return hessian_rows(objective.space, *gradient_graph(objective, batch), row[None])[0]
+        return hessian_product(objective.space, *gradient_graph(objective, batch), row)
 
 
 def _gradient(objective: Objective, batch: Any) -> Tensor:

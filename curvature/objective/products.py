@@ -36,14 +36,11 @@ def gradient_of(objective: Objective, batch: Any) -> Float[Tensor, " n"]:
     return pulled(objective.space, list(leaves.values()), [total], [torch.ones_like(total)])
 
 
-def hessian_rows(
-    space: ParamSpace,
-    leaves: Mapping[str, Tensor],
-    grads: Sequence[Tensor | None],
-    rows: Float[Tensor, "k n"],
-) -> Float[Tensor, "k n"]:
-    """The Hessian times each row, from the graph of the gradients."""
-    return torch.stack([pulled(space, list(leaves.values()), grads, space.unflatten(row)) for row in rows])
+def hessian_product(
+    space: ParamSpace, leaves: Mapping[str, Tensor], grads: Sequence[Tensor | None], row: Float[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """The Hessian times `row`, from what `gradient_graph` returned."""
+    return pulled(space, list(leaves.values()), grads, space.unflatten(row))
 
 
 def pulled(

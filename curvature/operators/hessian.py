@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from curvature.linalg.operator import LinearOperator
 from curvature.objective.objective import Objective
-from curvature.objective.products import gradient_graph, pulled
+from curvature.objective.products import gradient_graph, hessian_product
 from curvature.operators.engine import Engine, Linear, Memory, ObjectiveOperator, Recipe
 
 
@@ -27,10 +28,7 @@ def hessian(objective: Objective, *, engine: Engine = "auto", memory: Memory = "
 
 
 def _reverse(objective: Objective, index: int, batch: Any) -> Linear:
-    space = objective.space
-    leaves, grads = gradient_graph(objective, batch)
-    inputs = list(leaves.values())
-    return lambda row: pulled(space, inputs, grads, space.unflatten(row))
+    return partial(hessian_product, objective.space, *gradient_graph(objective, batch))
 
 
 def _forward(objective: Objective, index: int, batch: Any) -> Linear:
