@@ -18,6 +18,7 @@ from curvature.errors import BadObjective, listing
 from curvature.objective.batches import leading, lengths, mapped, split, targets_of
 from curvature.objective.call import call_with
 from curvature.objective.losses import Loss, described
+from curvature.objective.losses.criterion import scalar
 
 Tensors = Mapping[str, Tensor]  # parameters and buffers by name
 
@@ -96,10 +97,7 @@ class ScalarLoss:
         """The loss of the batch times its number of terms."""
         bound = _Bound(self.module, self.function)
         loss = call_with(bound, {f"module.{name}": t for name, t in tensors.items()}, (_copied(batch),), {})
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            came = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise BadObjective(f"The loss must be a scalar tensor, but {came} came.", "Average it: loss.mean().")
-        return loss.reshape(()) * self.weight(batch)
+        return scalar(loss) * self.weight(batch)
 
     def weight(self, batch: Any) -> float:
         """How many terms the batch has; the loss is a mean over them."""

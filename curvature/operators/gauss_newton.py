@@ -18,6 +18,7 @@ from torch import Tensor
 from curvature.linalg.operator import LinearOperator
 from curvature.objective.batches import leading
 from curvature.objective.losses import Likelihood, lacking
+from curvature.objective.losses.elements import example_axes
 from curvature.objective.objective import Objective
 from curvature.objective.products import gradient_of, jacobian_graph
 from curvature.operators.engine import Engine, Linear, Memory, ObjectiveOperator, Recipe, need_objective
@@ -163,7 +164,7 @@ class _Observed:
     whole: bool = False
 
     def __call__(self, index: int, outputs: Tensor, targets: Any) -> Callable[[Tensor], Tensor]:
-        event = tuple(range(1, outputs.ndim)) if self.whole else self.loss.event(outputs, targets)
+        event = example_axes(outputs) if self.whole else self.loss.event(outputs, targets)
         return partial(_squared, self.loss.residual(outputs, targets).unsqueeze(0), event)
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvature.errors import BadObjective
-from curvature.objective.losses.elements import Over, Uniform, check_elements, count_of
+from curvature.objective.losses.elements import Over, Uniform, check_elements, count_of, example_axes
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class PoissonNLL:
 
     def event(self, outputs: Tensor, targets: Tensor) -> tuple[int, ...]:
         """All axes but the first: an example is a term."""
-        return tuple(range(1, outputs.ndim))
+        return example_axes(outputs)
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return outputs.exp() - targets

@@ -30,13 +30,10 @@ class Criterion:
 
     def check(self, outputs: Tensor, targets: Any) -> None:
         """Raise BadObjective unless the function returns a scalar."""
-        loss = self.function(outputs, targets)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            came = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise BadObjective(f"The loss must be a scalar tensor, but {came} came.", "Average it: loss.mean().")
+        scalar(self.function(outputs, targets))
 
     def total(self, outputs: Tensor, targets: Any) -> Float[Tensor, ""]:
-        return self.function(outputs, targets).reshape(()) * self.weight(targets).to(outputs)
+        return scalar(self.function(outputs, targets)) * self.weight(targets).to(outputs)
 
     def weight(self, targets: Any) -> Float[Tensor, ""]:
         if isinstance(targets, Tensor) and not targets.is_floating_point() and targets.ndim:
@@ -45,3 +42,11 @@ class Criterion:
 
     def hessian_product(self, outputs: Tensor, targets: Any, tangent: Tensor) -> Tensor:
         raise BadObjective("This loss has no closed-form Hessian.", f"Use {self.instead}.")
+
+
+def scalar(loss: Any) -> Float[Tensor, ""]:
+    """What a function returned as its loss, without axes; BadObjective unless it is one number in a tensor."""
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss.reshape(())
+    came = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    raise BadObjective(f"The loss must be a scalar tensor, but {came} came.", "Average it: loss.mean().")

@@ -30,6 +30,11 @@ def count_of(targets: Tensor, over: Over) -> Tensor:
     return torch.tensor(targets.numel() if over == "elements" else len(targets), dtype=torch.float64)
 
 
+def example_axes(outputs: Tensor) -> tuple[int, ...]:
+    """All axes of the outputs but the first: those within an example."""
+    return tuple(range(1, outputs.ndim))
+
+
 def standard_normal(shape: tuple[int, ...], uniform: Uniform) -> Tensor:
     """Standard normal numbers from uniform ones, one each, so that they do not depend on how the data is cut."""
     return torch.special.ndtri(uniform(shape).clamp(min=2.0**-54))  # 0 would be minus infinity

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvature.errors import BadObjective
-from curvature.objective.losses.elements import Over, Uniform, check_elements, count_of, standard_normal
+from curvature.objective.losses.elements import Over, Uniform, check_elements, count_of, example_axes, standard_normal
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class SquaredError:
 
     def event(self, outputs: Tensor, targets: Tensor) -> tuple[int, ...]:
         """All axes but the first: an example is a term."""
-        return tuple(range(1, outputs.ndim))
+        return example_axes(outputs)
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return self.scale * (outputs - targets)
@@ -99,7 +99,7 @@ class GaussianNLL:
 
     def event(self, outputs: Tensor, targets: Tensor) -> tuple[int, ...]:
         """All axes but the first: an example is a term."""
-        return tuple(range(1, outputs.ndim))
+        return example_axes(outputs)
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
         mean, log_variance = outputs.unbind(-1)
