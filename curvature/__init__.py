@@ -11,6 +11,10 @@ from curvature.errors import TooLarge as TooLarge
 from curvature.errors import UnsafeFile as UnsafeFile
 from curvature.linalg.eigen import Eigenpairs as Eigenpairs
 from curvature.linalg.eigen import eigsh as eigsh
+from curvature.linalg.functions import eigenvalues as eigenvalues
+from curvature.linalg.functions import inverse as inverse
+from curvature.linalg.functions import logdet as logdet
+from curvature.linalg.functions import power as power
 from curvature.linalg.operator import Identity as Identity
 from curvature.linalg.operator import LinearOperator as LinearOperator
 from curvature.linalg.operator import MatrixFree as MatrixFree
@@ -18,8 +22,11 @@ from curvature.linalg.operator import identity as identity
 from curvature.linalg.space import Space as Space
 from curvature.linalg.spectrum import SpectralDensity as SpectralDensity
 from curvature.linalg.spectrum import spectral_density as spectral_density
+from curvature.linalg.structured import BlockDiagonal as BlockDiagonal
 from curvature.linalg.structured import Dense as Dense
 from curvature.linalg.structured import Diagonal as Diagonal
+from curvature.linalg.structured import Kronecker as Kronecker
+from curvature.linalg.structured import Spectral as Spectral
 from curvature.linalg.trace import trace as trace
 from curvature.objective.losses import Likelihood as Likelihood
 from curvature.objective.losses import Loss as Loss

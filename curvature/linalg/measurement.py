@@ -15,7 +15,7 @@ from curvature.errors import NonFinite
 from curvature.linalg.memory import peak_bytes
 from curvature.linalg.operator import LinearOperator
 from curvature.progress import Progress, Run
-from curvature.result import Cost, Origin
+from curvature.result import Cost, Estimate, Origin
 
 
 class Measurement:
@@ -79,6 +79,18 @@ class Measurement:
         """What the operator was made from."""
         return describe(self.operator)
 
+    def exact(self, value: Tensor, floor: float = 0.0) -> Estimate:
+        """The result of a measurement that took no samples; `floor` bounds its rounding."""
+        return Estimate(
+            value=value.cpu(),
+            stderr=torch.zeros((), dtype=torch.float64),
+            samples=0,
+            dof=0,
+            floor=floor,
+            cost=self.cost,
+            origin=self.origin,
+        )
+
     def _passes_of_parts(self) -> int:
         meters = {id(leaf.meter): leaf.meter for leaf in self.operator.leaves() if leaf.meter}
         return sum(meter.passes for meter in meters.values())
@@ -87,6 +99,6 @@ class Measurement:
 def describe(A: LinearOperator) -> dict[str, Any]:
     """What A was made from, JSON-ready; a composition lists its parts."""
     facts = {"shape": list(A.shape), "dtype": str(A.dtype).removeprefix("torch."), "device": str(A.device)}
-    if not A.parts:
+    if A.source or not A.parts:
         return {**A.source, **facts}
     return {"operator": type(A).__name__, **facts, "parts": [dict(leaf.source) for leaf in A.leaves()]}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -36,22 +40,152 @@ class Dense(LinearOperator):
         other.adjoint_of = self
         return other
 
+    @cached_property
+    def spectral(self) -> Spectral:
+        """The same matrix, which is symmetric, by its eigenvalues."""
+        values, vectors = _decomposed(self.matrix, psd=self.psd)
+        return Spectral(values.unsqueeze(0), None, vectors)
+
 
 class Diagonal(LinearOperator):
     """A diagonal matrix, held as the vector of its entries."""
 
     symmetric = True
 
-    def __init__(self, entries: Float[Tensor, " n"]) -> None:
+    def __init__(
+        self, entries: Float[Tensor, " n"], *, space: Space | None = None, source: Mapping[str, Any] | None = None
+    ) -> None:
         if entries.ndim != 1 or not entries.is_floating_point():
             raise TypeError(f"Diagonal holds a real vector, but got {tuple(entries.shape)} of {entries.dtype}.")
         self.entries = entries
-        self.domain = self.codomain = Space(len(entries), entries.dtype, entries.device)
+        self.domain = self.codomain = space or Space(len(entries), entries.dtype, entries.device)
         self.psd = bool((entries >= 0).all())
-        self.source = {"operator": "Diagonal"}
+        self.source = source or {"operator": "Diagonal"}
 
     def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
         return rows * self.entries
+
+
+class Kronecker(LinearOperator):
+    """left ⊗ right for symmetric factors: a vector, read row-major as a matrix X, becomes left X right.
+
+    A factor is a matrix (m, m), or the vector (m,) of the entries of a diagonal one. Factors (b, m, m) and (b, n, n)
+    are b products at once, for b matrices X one after another: a block-diagonal matrix. `psd` is taken on trust.
+    """
+
+    symmetric = True
+
+    def __init__(self, left: Tensor, right: Tensor, *, psd: bool = False) -> None:
+        if not _is_factor(left) or not _is_factor(right) or _stacked(left) != _stacked(right):
+            raise TypeError(
+                "Kronecker takes two factors, each a square matrix, a diagonal or a stack of as many square matrices, "
+                f"but got {tuple(left.shape)} and {tuple(right.shape)}."
+            )
+        self.left, self.right, self.psd = left, right, psd
+        size = _stacked(left) * left.shape[-1] * right.shape[-1]
+        self.domain = self.codomain = Space(size, left.dtype, left.device)
+        self.source = {"operator": "Kronecker"}
+
+    def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
+        X = rows.view(len(rows), -1, self.left.shape[-1], self.right.shape[-1])
+        return _from_right(self.right, _from_left(self.left, X)).reshape(rows.shape)
+
+    @cached_property
+    def spectral(self) -> Spectral:
+        """The same matrix by its eigenvalues; where it is psd, those that rounding made negative are zero."""
+        (left, U), (right, V) = (_decomposed(factor, psd=self.psd) for factor in (self.left, self.right))
+        return Spectral(left.unsqueeze(-1) * right.unsqueeze(-2), U, V)
+
+
+class Spectral(LinearOperator):
+    """(U ⊗ V) diag(values) (U ⊗ V)^T with orthogonal U and V: a symmetric matrix whose eigenvalues are at hand.
+
+    `values` (m, n) or a stack (b, m, n), the columns of U (m, m) and V (n, n), or stacks of b, are eigenvectors; None
+    is the identity.
+    """
+
+    symmetric = True
+
+    def __init__(self, values: Tensor, U: Tensor | None, V: Tensor | None) -> None:
+        self.values, self.U, self.V = values, U, V
+        self.psd = bool((values >= 0).all())
+        self.domain = self.codomain = Space(values.numel(), values.dtype, values.device)
+        self.source = {"operator": "Spectral"}
+
+    def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
+        X = rows.view(len(rows), -1, *self.values.shape[-2:])
+        X = X if self.U is None else self.U.mT @ X
+        X = (X if self.V is None else X @ self.V) * self.values
+        X = X if self.U is None else self.U @ X
+        return (X if self.V is None else X @ self.V.mT).reshape(rows.shape)
+
+
+class BlockDiagonal(LinearOperator):
+    """Operators on disjoint sets of coordinates that together are all; zero between them.
+
+    `blocks` are the operators by name, and `places` says which coordinates each acts on: a slice, or their indices in
+    the order in which it takes them.
+    """
+
+    def __init__(
+        self,
+        blocks: Mapping[str, LinearOperator],
+        places: Mapping[str, slice | Tensor],
+        space: Space,
+        *,
+        source: Mapping[str, Any] | None = None,
+    ) -> None:
+        sizes = {name: _count(places[name], space.size) for name in blocks}
+        wrong = [name for name, block in blocks.items() if block.shape != (sizes[name], sizes[name])]
+        if wrong or sum(sizes.values()) != space.size:
+            raise ValueError(
+                f"The blocks of a {space.size} x {space.size} matrix have {sum(sizes.values())} coordinates"
+                + (f", and {wrong[0]} is {blocks[wrong[0]].shape} for {sizes[wrong[0]]} of them." if wrong else ".")
+            )
+        self.blocks, self.places = dict(blocks), dict(places)
+        self.domain = self.codomain = space
+        self.symmetric = all(block.symmetric for block in blocks.values())
+        self.psd = all(block.psd for block in blocks.values())
+        self.parts = tuple(blocks.values())
+        self.source = source or {}
+
+    def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
+        product = torch.empty_like(rows)
+        for name, block in self.blocks.items():
+            place = self.places[name]
+            product[:, place] = block.apply(rows[:, place].contiguous())
+        return product
+
+    def adjoint(self) -> LinearOperator:
+        if self.symmetric:
+            return self
+        return BlockDiagonal({name: block.adjoint() for name, block in self.blocks.items()}, self.places, self.domain)
+
+
+def _is_factor(factor: Tensor) -> bool:
+    return factor.ndim == 1 or (factor.ndim in (2, 3) and factor.shape[-1] == factor.shape[-2])
+
+
+def _stacked(factor: Tensor) -> int:
+    return len(factor) if factor.ndim == 3 else 1
+
+
+def _from_left(factor: Tensor, X: Tensor) -> Tensor:
+    return factor.unsqueeze(-1) * X if factor.ndim == 1 else factor @ X
+
+
+def _from_right(factor: Tensor, X: Tensor) -> Tensor:
+    return X * factor if factor.ndim == 1 else X @ factor
+
+
+def _decomposed(factor: Tensor, *, psd: bool) -> tuple[Tensor, Tensor | None]:
+    """Eigenvalues and eigenvectors of a factor; of a diagonal one None."""
+    values, vectors = (factor, None) if factor.ndim == 1 else torch.linalg.eigh((factor + factor.mT) / 2)
+    return (values.clamp(min=0) if psd else values), vectors
+
+
+def _count(place: slice | Tensor, size: int) -> int:
+    return len(range(*place.indices(size))) if isinstance(place, slice) else len(place)
 
 
 def _looks_symmetric(matrix: Tensor) -> bool:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from curvature.errors import Interrupted
 from curvature.linalg.measurement import Measurement
-from curvature.linalg.operator import Identity, LinearOperator, as_operator
-from curvature.linalg.structured import Dense, Diagonal
+from curvature.linalg.operator import Identity, LinearOperator, Scaled, Sum, as_operator
+from curvature.linalg.structured import BlockDiagonal, Dense, Diagonal, Kronecker, Spectral
 from curvature.progress import Run
 from curvature.result import Estimate
 
@@ -51,7 +51,7 @@ def trace(
     if method not in ("auto", "hutchinson", "hutch++"):
         raise ValueError(f"method is 'auto', 'hutchinson' or 'hutch++', but got {method!r}.")
     if (known := _known(A)) is not None:
-        return _exact(measurement, known)
+        return measurement.exact(known)
     if products >= A.shape[0]:
         return _summed(measurement)
     draws = A.domain.draws(seed=seed)
@@ -69,20 +69,22 @@ def _known(A: LinearOperator) -> Tensor | None:
             return A.matrix.diagonal().double().sum()
         case Identity():
             return torch.tensor(float(A.shape[0]), dtype=torch.float64)
+        case Kronecker():
+            return (_traces(A.left) * _traces(A.right)).sum()
+        case Spectral():
+            return A.values.double().sum()
+        case BlockDiagonal() | Sum():
+            traces = [_known(part) for part in A.parts]
+            return sum((t for t in traces if t is not None), torch.zeros(())) if None not in traces else None
+        case Scaled():
+            return None if (known := _known(A.parts[0])) is None else A.scale * known
         case _:
             return None
 
 
-def _exact(measurement: Measurement, value: Tensor, floor: float = 0.0) -> Estimate:
-    return Estimate(
-        value=value.cpu(),
-        stderr=torch.zeros((), dtype=torch.float64),
-        samples=0,
-        dof=0,
-        floor=floor,
-        cost=measurement.cost,
-        origin=measurement.origin,
-    )
+def _traces(factor: Tensor) -> Tensor:
+    """The trace of a factor of a Kronecker product, or of each in a stack."""
+    return factor.double().sum() if factor.ndim == 1 else factor.double().diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def _summed(measurement: Measurement) -> Estimate:
@@ -98,7 +100,7 @@ def _summed(measurement: Measurement) -> Estimate:
         total += columns[index - start, index].double().sum()
         square += float(A.domain.norms(columns).square().sum())
         measurement.report(int(index[-1]) + 1, n, f"trace {float(total):.5g}", unit="products")
-    return _exact(measurement, total, floor=10 * A.domain.eps * square**0.5)
+    return measurement.exact(total, floor=10 * A.domain.eps * square**0.5)
 
 
 def _deflated(measurement: Measurement, products: int, draws: Iterator[Tensor]) -> Estimate:

@@ -1,0 +1,118 @@
+"""Functions of matrices whose structure tells their eigenvalues: powers, inverses, log-determinants.
+
+Exact, and as cheap as the largest dense factor's eigendecomposition, which is done once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvature.linalg.measurement import Measurement
+from curvature.linalg.operator import Identity, LinearOperator, Scaled, Sum
+from curvature.linalg.structured import BlockDiagonal, Dense, Diagonal, Kronecker, Spectral
+from curvature.result import Estimate
+
+
+def power(A: LinearOperator, exponent: float, *, damping: float = 0.0) -> LinearOperator:
+    """(A + damping I)^exponent for symmetric A of known structure, as an operator of the same structure.
+
+    A is made of Dense, Diagonal, Kronecker, Spectral and BlockDiagonal, scaled or plus multiples of the identity.
+    Raises ValueError where an eigenvalue has no such power: zero with a negative exponent, or a negative one with a
+    fraction.
+
+    >>> power(Diagonal(torch.tensor([4.0, 9.0])), 0.5).entries
+    tensor([2., 3.])
+    """
+
+    def raised(values: Tensor) -> Tensor:
+        values = values + damping
+        return _finite(values**exponent, values, f"power {exponent:g}")
+
+    return mapped(A, raised)
+
+
+def inverse(A: LinearOperator, *, damping: float = 0.0) -> LinearOperator:
+    """(A + damping I)^-1, exact, for symmetric A of known structure: see `power`.
+
+    Damping is added to the eigenvalues themselves, not to the factors of Kronecker products.
+    """
+    return power(A, -1, damping=damping)
+
+
+def logdet(A: LinearOperator, *, damping: float = 0.0) -> Estimate:
+    """The logarithm of the determinant of A + damping I, exact, for positive definite A of known structure.
+
+    >>> logdet(Identity(Diagonal(torch.ones(3)).domain) * 2.0).value
+    tensor(2.0794, dtype=torch.float64)
+    """
+    measurement = Measurement(A, "logdet", options={"damping": damping})
+    values = eigenvalues(A).double() + damping
+    return measurement.exact(_finite(values.log(), values, "logarithm").sum())
+
+
+def eigenvalues(A: LinearOperator) -> Float[Tensor, " n"]:
+    """All eigenvalues, ascending, of symmetric A of known structure: see `power`. Of others `eigsh` finds some."""
+    return _collected(mapped(A, lambda values: values)).sort().values
+
+
+def mapped(A: LinearOperator, function: Callable[[Tensor], Tensor]) -> LinearOperator:
+    """The matrix with the eigenvectors of A and `function` of its eigenvalues, entry by entry."""
+    match A:
+        case Diagonal():
+            return Diagonal(function(A.entries), space=A.domain)
+        case Identity():
+            return Diagonal(function(torch.ones(A.shape[0], dtype=A.dtype, device=A.device)), space=A.domain)
+        case Spectral():
+            return Spectral(function(A.values), A.U, A.V)
+        case Kronecker():
+            return mapped(A.spectral, function)
+        case Dense() if A.symmetric:
+            return mapped(A.spectral, function)
+        case BlockDiagonal():
+            blocks = {name: mapped(block, function) for name, block in A.blocks.items()}
+            return BlockDiagonal(blocks, A.places, A.domain)
+        case Scaled():
+            return mapped(A.parts[0], lambda values: function(A.scale * values))
+        case Sum() if (shift := _multiple(A.parts[1])) is not None:
+            return mapped(A.parts[0], lambda values: function(values + shift))
+        case Sum() if (shift := _multiple(A.parts[0])) is not None:
+            return mapped(A.parts[1], lambda values: function(values + shift))
+        case _:
+            raise TypeError(
+                f"The structure of {A!r} does not tell its eigenvalues. Ask eigsh or spectral_density, or take "
+                "Dense(A.dense())."
+            )
+
+
+def _multiple(A: LinearOperator) -> float | None:
+    """c where A is c times the identity."""
+    match A:
+        case Identity():
+            return 1.0
+        case Scaled() if (inner := _multiple(A.parts[0])) is not None:
+            return A.scale * inner
+        case _:
+            return None
+
+
+def _collected(A: LinearOperator) -> Tensor:
+    """The eigenvalues of what `mapped` returns."""
+    match A:
+        case Diagonal():
+            return A.entries
+        case Spectral():
+            return A.values.reshape(-1)
+        case _:
+            return torch.cat([_collected(block) for block in A.parts])
+
+
+def _finite(results: Tensor, values: Tensor, what: str) -> Tensor:
+    """The results, unless one of the eigenvalues they were made of has none."""
+    if not torch.isfinite(results).all():
+        least = float(values[~torch.isfinite(results)].min())
+        raise ValueError(f"An eigenvalue is {least:.3g}, which has no {what}. Add damping: it goes to each of them.")
+    return results
