@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -162,10 +163,8 @@ def _auto(recipe: Recipe, objective: Objective, index: int, batch: Any) -> Share
     def share(rows: Tensor) -> Tensor:
         nonlocal linear, done
         if spare and done < PATIENCE <= done + len(rows):
-            try:
+            with suppress(Exception):  # no tracer can follow NumPy, say: what is there is right, and stays
                 linear = _traced(linear, objective)
-            except Exception:  # code that no tracer can follow, such as NumPy's: what is there is right, and stays
-                done = PATIENCE
         done += len(rows)
         return _one_by_one(linear)(rows)
 
