@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from curvature.errors import BadObjective, NonFinite, listing
 from curvature.linalg.operator import Meter
-from curvature.objective.batches import Batches, Cut, digest, split
+from curvature.objective.batches import Batches, Cut, digest
 from curvature.objective.check import Health, examine
 from curvature.objective.compat import twice_differentiable
 from curvature.objective.function import OutputLoss, ScalarLoss, cast
@@ -157,10 +157,6 @@ class Objective:
     def outputs(self, tensors: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, Any]:
         """The model's outputs for a batch, and its targets; BadObjective when the loss is a bare scalar."""
         return self.function.outputs(self.complete(tensors), batch)
-
-    def targets(self, batch: Any) -> Any:
-        """The targets of a batch."""
-        return split(batch)[1]
 
     @property
     def loss(self) -> Loss:

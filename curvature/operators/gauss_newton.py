@@ -6,8 +6,8 @@ are drawn from the model, or at the real ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Protocol
 
@@ -16,11 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvature.linalg.operator import LinearOperator
-from curvature.objective.batches import leading
+from curvature.objective.batches import leading, split
 from curvature.objective.losses import Likelihood, lacking
 from curvature.objective.losses.elements import example_axes
 from curvature.objective.objective import Objective
-from curvature.objective.products import gradient_of, jacobian_graph
+from curvature.objective.products import jacobian_graph
 from curvature.operators.engine import Engine, Linear, Memory, ObjectiveOperator, Recipe, need_objective
 
 
@@ -76,20 +76,28 @@ def gradient_covariance(objective: Objective, *, engine: Engine = "auto", memory
     """
     middle = _Observed(_likelihood(objective, "gradient_covariance"), whole=True)
     uncentred = gauss_newton("gradient_second_moment", objective, middle, engine=engine, memory=memory)
-    return _Covariance(objective, uncentred)
+    return GradientCovariance(objective, uncentred)
 
 
-class _Covariance(LinearOperator):
+class GradientCovariance(LinearOperator):
+    """The covariance of the gradients of examples, from their `uncentred` second moment."""
+
     symmetric = psd = True
 
     def __init__(self, objective: Objective, uncentred: LinearOperator) -> None:
-        self.objective, self.parts = objective, (uncentred,)
+        self.objective, self.uncentred = objective, uncentred
         self.domain = self.codomain = objective.space
+        self.meter = objective.meter
+
+    @property
+    def source(self) -> Mapping[str, Any]:
+        """What the second moment was made from, under the name of the covariance."""
+        return {**self.uncentred.source, "operator": "gradient_covariance"}
 
     @cached_property
     def mean(self) -> Float[Tensor, "1 n"]:
         """The gradient of the data, without regulariser."""
-        return self.objective.average(lambda batch: gradient_of(self.objective, batch)).unsqueeze(0)
+        return replace(self.objective, l2=0.0).gradient().unsqueeze(0)
 
     @cached_property
     def examples(self) -> float:
@@ -100,7 +108,7 @@ class _Covariance(LinearOperator):
     def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
         # with N examples of T terms and sums s_i of gradients: g_i = s_i N/T, the operator is (1/T) sum_i s_i s_i^T
         along = self.domain.inner(rows, self.mean)
-        return self.parts[0].apply(rows) * self.examples - self.domain.combine(along, self.mean)
+        return self.uncentred.apply(rows) * self.examples - self.domain.combine(along, self.mean)
 
 
 def gauss_newton(
@@ -131,7 +139,7 @@ def _forward(middle: Middle, objective: Objective, index: int, batch: Any) -> Li
         return objective.outputs(space.named(vector), batch)[0]
 
     outputs, pull, *_ = torch.func.vjp(model, flat)
-    times = middle(index, outputs.detach(), objective.targets(batch))
+    times = middle(index, outputs.detach(), split(batch)[1])
 
     def product(row: Tensor) -> Tensor:
         return pull(times(torch.func.jvp(model, (flat,), (row,))[1]))[0]

@@ -6,8 +6,10 @@ import json
 import subprocess
 import sys
 import warnings
+from typing import get_args, get_type_hints
 
 import curvature_cli.main
+import curvature_cli.options
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import curvature as cv
+from curvature.operators.engine import ENGINES
 
 SMALL = {
     "spectrum": ("--probes", 2, "--steps", 3),
@@ -180,12 +183,16 @@ def test_a_file_of_options_gives_defaults(curv, folder):
     assert curv("eig", *OBJECTIVE).code == 0  # the table of another command
 
 
-@pytest.mark.parametrize("matrix", ["hessian", "ggn"])
+@pytest.mark.parametrize("matrix", ["hessian", "ggn", "gradient_covariance"])
 def test_operator(curv, task, matrix):
-    said = curv("trace", *OBJECTIVE, "--operator", matrix, "--format", "json")
+    said = curv("trace", *OBJECTIVE, "--operator", matrix.replace("_", "-"), "--format", "json")
     assert parsed(said.out)["origin"]["operator"]["operator"] == matrix
     expected = getattr(cv, matrix)(task.make()).dense().trace()
     assert trace_of(said) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_engines_are_those_of_the_library():
+    assert get_args(get_type_hints(curvature_cli.options.Task)["engine"]) == tuple(ENGINES)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,14 @@ def test_the_gradient_covariance_is_that_of_examples(case):
     torch.testing.assert_close(G.mean(0), case.objective().gradient(), rtol=1e-9, atol=1e-12)
 
 
+def test_the_gradient_covariance_says_so_and_has_no_regulariser():
+    plain, decayed = (cv.gradient_covariance(zoo()[1].objective(l2=l2)) for l2 in (0.0, 0.3))
+    result = cv.trace(decayed, products=2)
+    assert result.origin.operator["operator"] == "gradient_covariance"
+    assert result.cost.passes == 3  # for the mean, the number of examples and the products
+    torch.testing.assert_close(decayed.dense(), plain.dense(), rtol=0, atol=0)
+
+
 @ZOO
 def test_the_sampled_fisher_approaches_the_ggn(case):
     """Its error falls with the square root of the samples: four times as many halve it."""
