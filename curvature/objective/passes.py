@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from curvature.objective.check import explained
 if TYPE_CHECKING:
     from curvature.objective.objective import Objective
 
+T = TypeVar("T")
 Prepare = Callable[[int, Any], Any]  # number and batch -> what a pass computes from: the batch itself, or a graph
 
 
@@ -22,6 +23,22 @@ class Part(NamedTuple):
 
     prepared: Any
     terms: float
+
+
+class Sums(dict[Any, Tensor]):
+    """Tensors by name that are summed together."""
+
+    def __add__(self, other: Sums) -> Sums:
+        """The sums of both, in place where there is one already."""
+        for name, tensor in other.items():
+            self[name] = self[name].add_(tensor) if name in self else tensor
+        return self
+
+    def __truediv__(self, number: float) -> Sums:
+        return Sums({name: tensor / number for name, tensor in self.items()})
+
+
+S = TypeVar("S", Tensor, Sums)
 
 
 class Passes:
@@ -44,11 +61,17 @@ class Passes:
         self.kept: list[Part] | None = None
         self.keeping = budget > 0  # until something does not fit
 
-    def average(self, term: Callable[[Any], Tensor]) -> Tensor:
+    def average(self, term: Callable[[Any], S]) -> S:
         """The sum of `term(prepared)` over the batches divided by the number of terms."""
-        total, weight = None, 0.0
+        total, weight = self.total(term)
+        return total / weight
 
-        def add(value: Tensor, terms: float) -> None:
+    def total(self, term: Callable[[Any], S]) -> tuple[S, float]:
+        """The sum of `term(prepared)` over the batches, and the number of terms."""
+        total: S | None = None
+        weight = 0.0
+
+        def add(value: S, terms: float) -> None:
             nonlocal total, weight
             total, weight = value if total is None else total + value, weight + terms
 
@@ -58,15 +81,15 @@ class Passes:
                 "The data has no terms: no batch came, or every target is ignored.",
                 "Check the path and the filters.",
             )
-        return total / weight
+        return total, weight
 
-    def each(self, term: Callable[[Any], Tensor]) -> list[Tensor]:
+    def each(self, term: Callable[[Any], T]) -> list[T]:
         """`term(prepared)` for every batch."""
-        values: list[Tensor] = []
+        values: list[T] = []
         self._run(term, lambda value, terms: values.append(value))
         return values
 
-    def _run(self, term: Callable[[Any], Tensor], take: Callable[[Tensor, float], None]) -> None:
+    def _run(self, term: Callable[[Any], T], take: Callable[[T, float], None]) -> None:
         """Hand the value and the number of terms of every batch that has terms to `take`."""
         objective, kept = self.objective, self.kept
         fresh: list[Part] = []

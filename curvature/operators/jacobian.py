@@ -23,7 +23,7 @@ def jacobian(objective: Objective, *, memory: Memory = "auto") -> LinearOperator
 
     `J.adjoint()` is the transpose. Asking for the shape takes one pass over the data, to count the outputs.
     """
-    return _Jacobian(objective, memory)
+    return JacobianOperator(objective, memory)
 
 
 def ntk(objective: Objective, *, memory: Memory = "auto") -> LinearOperator:
@@ -34,11 +34,13 @@ def ntk(objective: Objective, *, memory: Memory = "auto") -> LinearOperator:
 
     Jacot, Gabriel & Hongler 2018 (arXiv:1806.07572).
     """
-    J = _Jacobian(objective, memory)
+    J = JacobianOperator(objective, memory)
     return Product(J, J.adjoint())
 
 
-class _Jacobian(LinearOperator):
+class JacobianOperator(LinearOperator):
+    """J of all outputs on the data."""
+
     def __init__(self, objective: Objective, memory: Memory) -> None:
         need_objective("jacobian", objective)
         self.objective = objective
@@ -62,18 +64,17 @@ class _Jacobian(LinearOperator):
         budget = budget_of(self.memory, self.device)
         return Passes(self.objective, self._graph, budget=budget, example=health.example_bytes)
 
-    def _graph(self, index: int, batch: Any) -> tuple[int, Jacobian]:
-        return index, jacobian_graph(self.objective, batch)
+    def _graph(self, index: int, batch: Any) -> Jacobian:
+        return jacobian_graph(self.objective, batch)
 
     @cached_property
     def _sizes(self) -> list[int]:
         """How many outputs each batch has."""
-        counts = self._passes.each(lambda part: torch.tensor(part[1].outputs.numel()))
-        return [int(count) for count in counts]
+        return self._passes.each(lambda J: J.outputs.numel())
 
     def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k m"]:
-        def pushed(part: tuple[int, Jacobian]) -> Tensor:
-            return torch.stack([part[1].push(row).reshape(-1) for row in rows])
+        def pushed(J: Jacobian) -> Tensor:
+            return torch.stack([J.push(row).reshape(-1) for row in rows])
 
         return torch.cat(self._passes.each(pushed), dim=1)
 
@@ -81,18 +82,19 @@ class _Jacobian(LinearOperator):
         """J^T times each row."""
         pieces = iter(rows.split(self._sizes, dim=1))
 
-        def pulled(part: tuple[int, Jacobian]) -> Tensor:
-            shape = part[1].outputs.shape
-            return torch.stack([part[1].pull(row.reshape(shape)) for row in next(pieces)])
+        def pulled(J: Jacobian) -> Tensor:
+            return torch.stack([J.pull(row.reshape(J.outputs.shape)) for row in next(pieces)])
 
-        return torch.stack(self._passes.each(pulled)).sum(0)
+        return self._passes.total(pulled)[0]
 
     def adjoint(self) -> LinearOperator:
-        return _Transposed(self)
+        return TransposedJacobian(self)
 
 
-class _Transposed(LinearOperator):
-    def __init__(self, J: _Jacobian) -> None:
+class TransposedJacobian(LinearOperator):
+    """J^T, in the same passes over the data as J."""
+
+    def __init__(self, J: JacobianOperator) -> None:
         self.J, self.domain, self.codomain, self.parts = J, J.codomain, J.domain, (J,)
         self.adjoint_of = J
 
