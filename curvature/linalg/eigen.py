@@ -63,7 +63,8 @@ def eigsh(
     Converged means residual <= rtol * |value|, or at the rounding of A's dtype. `block` vectors are multiplied at
     once, which costs one pass over the data; eigenvalues of higher multiplicity take more rounds. At most `max_steps`
     blocks are multiplied; what has not converged by then is returned and marked. Memory: about 3 k + 5 blocks of
-    vectors, whatever the steps. An interrupt raises Interrupted with the pairs so far in `.result`.
+    vectors, whatever the steps; up to 8 k more where random vectors are added to find all copies of an eigenvalue. An
+    interrupt raises Interrupted with the pairs so far in `.result`.
 
     Wu & Simon 2000 (thick restart, SIAM J. Matrix Anal. Appl. 22).
 

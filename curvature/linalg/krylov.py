@@ -62,9 +62,14 @@ class Krylov:
         T = self._projected[: self.multiplied, : self.multiplied]
         return (T + T.T) / 2
 
-    def start(self, rows: Float[Tensor, "k n"]) -> None:
-        """Take what `rows` span beyond the basis as the frontier: the first, or a new one of an invariant basis."""
-        self._started(rows)
+    def start(self, rows: Float[Tensor, "k n"]) -> slice:
+        """Take what `rows` span beyond the basis as the frontier: the first, or a new one of an invariant basis.
+
+        Returns where it lies.
+        """
+        rows = rows / self.space.norms(rows).to(rows.dtype).unsqueeze(1)
+        self._project_out(rows)
+        return self._append(rows, small=0.0)
 
     def step(self) -> bool:
         """Multiply the frontier by A and extend T; False when the basis spans an invariant subspace."""
@@ -101,7 +106,7 @@ class Krylov:
         self.size = self.multiplied = kept
         frontier = self._append(self.remainder, small=self.rounding)
         if fresh is not None:
-            frontier = slice(frontier.start, self._started(fresh).stop)
+            frontier = slice(frontier.start, self.start(fresh).stop)
             self.width = frontier.stop - frontier.start
         self._couple(frontier, slice(0, kept), self.space.inner(self._basis[frontier], self.remainder) @ self.edge)
 
@@ -124,11 +129,6 @@ class Krylov:
     def rounding(self) -> float:
         """Norms up to this are rounding: of the entries in their dtype, and of the float64 sums over them."""
         return 10 * (self.space.eps + torch.finfo(torch.float64).eps * self.space.size**0.5) * self.scale
-
-    def _started(self, rows: Tensor) -> slice:
-        rows = rows / self.space.norms(rows).to(rows.dtype).unsqueeze(1)
-        self._project_out(rows)
-        return self._append(rows, small=0.0)
 
     def _append(self, rows: Tensor, *, small: float) -> slice:
         """Append what `rows` span, beyond `small`, as the frontier; returns where it lies.
