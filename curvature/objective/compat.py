@@ -16,8 +16,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -54,21 +54,24 @@ def twice_differentiable(module: nn.Module | None = None) -> Iterator[Counter[st
 def _checkpointing_nothing(counts: Counter[str]) -> Iterator[None]:
     """Context in which `torch.utils.checkpoint.checkpoint`, however it was imported, just calls the function."""
 
-    class Reentrant:
-        @staticmethod
-        def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-            counts["checkpoint"] += 1
-            return function(*args)
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        counts["checkpoint"] += 1
+        return function(*args)
 
     def around_the_call(*args: Any, **kwargs: Any) -> Iterator[None]:
         counts["checkpoint"] += 1
         yield
 
-    with (
-        patch.object(checkpoint, "CheckpointFunction", Reentrant),
-        patch.object(checkpoint, "_checkpoint_without_reentrant_generator", around_the_call),
-    ):
+    stand_ins = {
+        "CheckpointFunction": SimpleNamespace(apply=apply),
+        "_checkpoint_without_reentrant_generator": around_the_call,
+    }
+    before = {name: getattr(checkpoint, name) for name in stand_ins}
+    try:
+        checkpoint.__dict__.update(stand_ins)
         yield
+    finally:
+        checkpoint.__dict__.update(before)
 
 
 def _compiled(module: nn.Module | None) -> bool:
