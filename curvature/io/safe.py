@@ -84,7 +84,7 @@ def _refused(names: Sequence[str]) -> list[str]:
     return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
 
 
-def _unsafe(path: str | PathLike[str], names: Sequence[str], fix: str | None) -> UnsafeFile:
+def _unsafe(path: str | PathLike[str], names: Sequence[str], fix: str | None = None) -> UnsafeFile:
     """The refusal of a file that uses these names; the usual `fix` is to allow them."""
     return UnsafeFile(
         f"{path} uses what could run code: {listing(names)}.",
@@ -107,7 +107,7 @@ def _not_plain(path: str | PathLike[str], told: str) -> BadFile | UnsafeFile:
     # Some classes are met only as the type of an object: numpy's dtypes.
     built = re.search(r"Can only (?:build|create) .*got <class '([\w.]+)'>", told)
     if built:
-        return _unsafe(path, [built[1]], None)
+        return _unsafe(path, [built[1]])
     cause = f"{path} does more than a file of tensors needs."
     return UnsafeFile(cause, "Pass --trust if you trust its author.")
 
