@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import curvature as cv
 
 
+STRUCTURED = ("ggn-diagonal", "kfac", "ekfac")  # operators that are known by their entries
+
+
 def load_operator(model: str | None, task: Task) -> cv.LinearOperator:
     """The matrix that --operator names, of the objective; its health is checked now."""
     import curvature as cv
@@ -30,7 +33,14 @@ def load_operator(model: str | None, task: Task) -> cv.LinearOperator:
         unused = f"{len(health.unused)} parameters: {listing(health.unused, 3)}"
         warn(f"the loss of the first batch does not depend on {unused}")
     make = getattr(cv, task.operator.replace("-", "_"))
-    return make(objective, engine=task.engine)
+    if task.operator not in STRUCTURED:
+        return make(objective, engine=task.engine)
+    if task.engine != "auto":
+        raise Misuse(f"--engine is how products are computed, but {task.operator} is held whole.", "Leave it out.")
+    A = make(objective)
+    if apart := [f"{name} ({reason})" for name, reason in A.source.get("diagonal", {}).items()]:
+        warn(f"{len(apart)} parameters have a diagonal block: {listing(apart, 3)}")
+    return A
 
 
 def load_objective(model: str | None, task: Task) -> cv.Objective:

@@ -54,10 +54,12 @@ class Task:
     "Only trainable parameters whose name matches this glob; may be repeated."
     exclude: Many = ()
     "Not those whose name matches this glob; may be repeated."
-    operator: Literal["hessian", "ggn", "fisher", "empirical-fisher", "gradient-covariance"] = "hessian"
+    operator: Literal[
+        "hessian", "ggn", "fisher", "empirical-fisher", "gradient-covariance", "ggn-diagonal", "kfac", "ekfac"
+    ] = "hessian"
     "Which matrix."
     engine: Literal["auto", "retained", "recomputed", "linearized", "compiled", "forward"] = "auto"
-    "How products are computed: changes time and memory, and no number. recomputed takes least memory."
+    "How products are computed: changes time and memory, and no number. recomputed takes least memory. Not for kfac."
     mode: Literal["eval", "train"] | None = None
     "Whether batch normalisation and dropout act as in evaluation (the default) or in training (fixed masks)."
     dtype: Literal["float32", "float64"] | None = None

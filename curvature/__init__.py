@@ -45,6 +45,9 @@ from curvature.operators.gauss_newton import gradient_covariance as gradient_cov
 from curvature.operators.hessian import hessian as hessian
 from curvature.operators.jacobian import jacobian as jacobian
 from curvature.operators.jacobian import ntk as ntk
+from curvature.operators.kfac import ekfac as ekfac
+from curvature.operators.kfac import kfac as kfac
+from curvature.operators.moments import ggn_diagonal as ggn_diagonal
 from curvature.progress import Progress as Progress
 from curvature.progress import Run as Run
 from curvature.result import Cost as Cost

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from typing import Any, Literal
 
@@ -131,6 +131,18 @@ def shortened(batch: Any, kept: int) -> Any:
         return leaf[:kept] if _has_axis(leaf) and len(leaf) == length and not _is_sparse(leaf) else leaf
 
     return mapped(cut, batch)
+
+
+def examples(batch: Any) -> Iterator[Any]:
+    """The examples of a batch, each as a batch of one; what has no axis of their number belongs to all."""
+    length = leading(batch) or 0
+
+    def cut(leaf: Any, index: int) -> Any:
+        own = _has_axis(leaf) and len(leaf) == length and not _is_sparse(leaf)
+        return leaf[index : index + 1] if own else leaf
+
+    for index in range(length):
+        yield mapped(partial(cut, index=index), batch)
 
 
 END = object()

@@ -22,6 +22,7 @@ from curvature.objective.losses.elements import example_axes
 from curvature.objective.objective import Objective
 from curvature.objective.products import jacobian_graph
 from curvature.operators.engine import Engine, Linear, Memory, ObjectiveOperator, Recipe, need_objective
+from curvature.operators.residuals import FisherKind, Residuals, likelihood, residuals_of
 
 
 class Middle(Protocol):
@@ -51,9 +52,7 @@ def fisher(
 
     Martens 2020 (arXiv:1412.1193); Kunstner, Balles & Hennig 2019 (arXiv:1905.12558).
     """
-    if samples < 1:
-        raise ValueError(f"A Fisher matrix needs at least one sample, but got samples={samples}.")
-    middle = _Sampled(_likelihood(objective, "fisher"), samples, seed)
+    middle = _outer(objective, "fisher", "sampled", samples=samples, seed=seed)
     return gauss_newton("fisher", objective, middle, engine=engine, memory=memory)
 
 
@@ -63,7 +62,7 @@ def empirical_fisher(objective: Objective, *, engine: Engine = "auto", memory: M
     Not the Fisher information: it vanishes with the residuals (Kunstner, Balles & Hennig 2019, arXiv:1905.12558). A
     term is an example, or a token where every position has a target of its own.
     """
-    middle = _Observed(_likelihood(objective, "empirical_fisher"))
+    middle = _outer(objective, "empirical_fisher", "empirical")
     return gauss_newton("empirical_fisher", objective, middle, engine=engine, memory=memory)
 
 
@@ -74,7 +73,7 @@ def gradient_covariance(objective: Objective, *, engine: Engine = "auto", memory
     drawn with replacement, the noise of SGD. An example is an entry of the first axis of the outputs, with all the
     terms that it has. The first product takes two passes more, for g and the number of examples.
     """
-    middle = _Observed(_likelihood(objective, "gradient_covariance"), whole=True)
+    middle = replace(_outer(objective, "gradient_covariance", "empirical"), whole=True)
     uncentred = gauss_newton("gradient_second_moment", objective, middle, engine=engine, memory=memory)
     return GradientCovariance(objective, uncentred)
 
@@ -156,49 +155,27 @@ def _curved(objective: Objective) -> Middle:
     return lambda index, outputs, targets: partial(loss.hessian_product, outputs, targets)
 
 
-def _likelihood(objective: Objective, name: str) -> Likelihood:
+def _outer(objective: Objective, name: str, kind: FisherKind, *, samples: int = 1, seed: int = 0) -> _Outer:
     need_objective(name, objective)
-    loss = objective.loss
-    if "sample" in loss.offers and isinstance(loss, Likelihood):
-        return loss
-    raise lacking(loss, name)
+    return _Outer(likelihood(objective, name), residuals_of(objective, name, kind, samples=samples, seed=seed))
 
 
 @dataclass(frozen=True)
-class _Observed:
-    """M of the empirical Fisher: u -> r (r . u), r the residual of the term, or of the `whole` example."""
+class _Outer:
+    """M of the Fisher matrices: u -> sum of r (r . u) over the residuals r of the term, or of the `whole` example."""
 
     loss: Likelihood
+    residuals: Residuals
     whole: bool = False
 
     def __call__(self, index: int, outputs: Tensor, targets: Any) -> Callable[[Tensor], Tensor]:
         event = example_axes(outputs) if self.whole else self.loss.event(outputs, targets)
-        return partial(_squared, self.loss.residual(outputs, targets).unsqueeze(0), event)
-
-
-class _Sampled:
-    """M of the Fisher: the same with sampled residuals, averaged over the samples."""
-
-    def __init__(self, loss: Likelihood, samples: int, seed: int) -> None:
-        self.loss, self.samples, self.seed = loss, samples, seed
-        self.generators: list[torch.Generator] = []  # one a sample, that runs through the examples of a pass in order
-
-    def __call__(self, index: int, outputs: Tensor, targets: Any) -> Callable[[Tensor], Tensor]:
-        if index == 0:
-            seeds = torch.Generator().manual_seed(self.seed)
-            draws = torch.randint(2**62, (self.samples,), generator=seeds).tolist()
-            self.generators = [torch.Generator().manual_seed(draw) for draw in draws]
-
-        def uniform(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
-            return torch.rand(shape, generator=generator, dtype=torch.float64).to(outputs.device)
-
-        residuals = [self.loss.sample(outputs, targets, partial(uniform, g)) for g in self.generators]
-        return partial(_squared, torch.stack(residuals), self.loss.event(outputs, targets))
+        return partial(_squared, torch.stack(list(self.residuals(index, outputs, targets))), event)
 
 
 def _squared(residuals: Tensor, event: tuple[int, ...], tangent: Tensor) -> Tensor:
-    """The mean over the residuals r, stacked along a first axis, of r (r . u) with inner products within each term."""
+    """The sum over the residuals r, stacked along a first axis, of r (r . u) with inner products within each term."""
     along = residuals * tangent
     if event:
         along = along.sum([axis % tangent.ndim + 1 for axis in event], keepdim=True)
-    return (residuals * along).mean(0)
+    return (residuals * along).sum(0)

@@ -183,12 +183,19 @@ def test_a_file_of_options_gives_defaults(curv, folder):
     assert curv("eig", *OBJECTIVE).code == 0  # the table of another command
 
 
-@pytest.mark.parametrize("matrix", ["hessian", "ggn", "gradient_covariance"])
+@pytest.mark.parametrize("matrix", ["hessian", "ggn", "gradient_covariance", "ggn_diagonal", "kfac", "ekfac"])
 def test_operator(curv, task, matrix):
     said = curv("trace", *OBJECTIVE, "--operator", matrix.replace("_", "-"), "--format", "json")
     assert parsed(said.out)["origin"]["operator"]["operator"] == matrix
     expected = getattr(cv, matrix)(task.make()).dense().trace()
     assert trace_of(said) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_matrices_that_are_held_whole_have_no_engine_and_an_exact_trace(curv):
+    said = parsed(curv("trace", *OBJECTIVE, "--operator", "kfac", "--format", "json").out)
+    assert (said["samples"], said["cost"]["products"], said["value"]) == (0, 0, pytest.approx(said["value"]))
+    refused = curv("trace", *OBJECTIVE, "--operator", "kfac", "--engine", "retained")
+    assert refused.code == 2 and "--engine is how products are computed, but kfac is held whole" in refused.err
 
 
 def test_engines_are_those_of_the_library():

@@ -222,14 +222,31 @@ def test_a_sample_has_mean_zero_and_the_expected_hessian_as_second_moment(name):
         )
 
     drawn = loss.sample(many, repeated, uniform).reshape(count, -1)
-    expected = product_matrix(loss, one, target)
-    if name == "gaussian":  # the Hessian itself depends on the targets: its expectation is diag(1/variance, 1/2)
-        expected = torch.stack([(-one[..., 1]).exp(), torch.full_like(one[..., 1], 0.5)], -1).reshape(-1).diag()
+    expected = expected_hessian(name, one, target)
     scale = float(expected.abs().max())
     assert float(drawn.mean(0).abs().max()) < 1e-2 * max(scale, 1)
     second = drawn.T @ drawn / count
     torch.testing.assert_close(second.diagonal(), expected.diagonal(), rtol=1e-2, atol=1e-3 * scale)
     torch.testing.assert_close(second, expected, rtol=0, atol=5e-2 * scale)
+
+
+def expected_hessian(name: str, outputs: Tensor, targets: Tensor) -> Tensor:
+    if name == "gaussian":  # the Hessian itself depends on the targets: its expectation is diag(1/variance, 1/2)
+        return torch.stack([(-outputs[..., 1]).exp(), torch.full_like(outputs[..., 1], 0.5)], -1).reshape(-1).diag()
+    return product_matrix(LIKELIHOODS[name][0], outputs, targets)
+
+
+@EACH
+def test_the_outer_products_of_a_root_sum_to_the_expected_hessian_of_each_example(name):
+    loss, _, shape, targets = LIKELIHOODS[name]
+    outputs = torch.randn(shape, dtype=torch.float64)
+    root = torch.stack(list(loss.root(outputs, targets)))
+    for index in range(len(outputs)):
+        rows = root[:, index].reshape(len(root), -1)
+        one = slice(index, index + 1)
+        torch.testing.assert_close(
+            rows.T @ rows, expected_hessian(name, outputs[one], targets[one]), rtol=1e-10, atol=1e-12
+        )
 
 
 @EACH

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch.nn.functional as F
@@ -60,6 +60,10 @@ class Likelihood(Loss, Protocol):
 
     def residual(self, outputs: Tensor, targets: Any) -> Tensor:
         """The gradient of `total` with respect to the outputs."""
+        ...
+
+    def root(self, outputs: Tensor, targets: Any) -> Iterator[Tensor]:
+        """Residuals whose outer products within each term sum to the expected Hessian: one for each entry of a term."""
         ...
 
     def sample(self, outputs: Tensor, targets: Any, uniform: Uniform) -> Tensor:

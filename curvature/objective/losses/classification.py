@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvature.errors import BadObjective
-from curvature.objective.losses.elements import Over, Uniform, check_elements, count_of, example_axes
+from curvature.objective.losses.elements import Over, Uniform, check_elements, count_of, example_axes, one_by_one
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,16 @@ class CrossEntropy:
         product = p * tangent
         product = product - p * product.sum(axis, keepdim=True)
         return product * self._mass(outputs, targets, axis).unsqueeze(axis)
+
+    def root(self, outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
+        """sqrt(m p_c) (p - e_c) for every term, class c after class."""
+        axis = self._axis(outputs, targets)
+        p = outputs.softmax(axis)
+        mass = self._mass(outputs, targets, axis)
+        for c in range(outputs.shape[axis]):
+            residual = p.clone()
+            residual.select(axis, c).sub_(1)
+            yield residual * (mass * p.select(axis, c)).sqrt().unsqueeze(axis)
 
     def sample(self, outputs: Tensor, targets: Tensor, uniform: Uniform) -> Tensor:
         """sqrt(m) (p - e_c) for every term, with the class c drawn from the softmax p."""
@@ -216,6 +227,9 @@ class KLDivergence:
     def hessian_product(self, outputs: Tensor, targets: Tensor, tangent: Tensor) -> Tensor:
         return self._cross_entropy.hessian_product(outputs, targets, tangent)
 
+    def root(self, outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
+        return self._cross_entropy.root(outputs, targets)
+
     def sample(self, outputs: Tensor, targets: Tensor, uniform: Uniform) -> Tensor:
         return self._cross_entropy.sample(outputs, targets, uniform)
 
@@ -290,6 +304,11 @@ class BinaryCrossEntropy:
         """m s (1 - s) u."""
         s = outputs.sigmoid()
         return self._masses(outputs, targets)[1] * s * (1 - s) * tangent
+
+    def root(self, outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
+        """sqrt(m s (1 - s)), entry after entry."""
+        s = outputs.sigmoid()
+        return one_by_one((self._masses(outputs, targets)[1] * s * (1 - s)).sqrt())
 
     def sample(self, outputs: Tensor, targets: Tensor, uniform: Uniform) -> Tensor:
         """sqrt(m) (s - b) with b 1 in the share s of cases, else 0."""

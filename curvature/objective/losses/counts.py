@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvature.errors import BadObjective
-from curvature.objective.losses.elements import Over, Uniform, check_elements, count_of, example_axes
+from curvature.objective.losses.elements import Over, Uniform, check_elements, count_of, example_axes, one_by_one
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class PoissonNLL:
 
     def hessian_product(self, outputs: Tensor, targets: Tensor, tangent: Tensor) -> Tensor:
         return outputs.exp() * tangent
+
+    def root(self, outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
+        """exp(f / 2), entry after entry."""
+        return one_by_one((outputs / 2).exp())
 
     def sample(self, outputs: Tensor, targets: Tensor, uniform: Uniform) -> Tensor:
         """exp(f) - k with k from Poisson's distribution of that rate."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -38,3 +38,12 @@ def example_axes(outputs: Tensor) -> tuple[int, ...]:
 def standard_normal(shape: tuple[int, ...], uniform: Uniform) -> Tensor:
     """Standard normal numbers from uniform ones, one each, so that they do not depend on how the data is cut."""
     return torch.special.ndtri(uniform(shape).clamp(min=2.0**-54))  # 0 would be minus infinity
+
+
+def one_by_one(deviations: Tensor) -> Iterator[Tensor]:
+    """Each entry that an example has, over all examples, zero elsewhere: a root of the diagonal matrix of squares."""
+    flat = deviations.reshape(len(deviations), -1) if deviations.ndim else deviations.reshape(1, 1)
+    for column in range(flat.shape[1]):
+        alone = torch.zeros_like(flat)
+        alone[:, column] = flat[:, column]
+        yield alone.view_as(deviations)

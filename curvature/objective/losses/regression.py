@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvature.errors import BadObjective
-from curvature.objective.losses.elements import Over, Uniform, check_elements, count_of, example_axes, standard_normal
+from curvature.objective.losses.elements import (
+    Over,
+    Uniform,
+    check_elements,
+    count_of,
+    example_axes,
+    one_by_one,
+    standard_normal,
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,10 @@ class SquaredError:
 
     def hessian_product(self, outputs: Tensor, targets: Tensor, tangent: Tensor) -> Tensor:
         return self.scale * tangent
+
+    def root(self, outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
+        """sqrt(scale), entry after entry."""
+        return one_by_one(torch.full_like(outputs, self.scale**0.5))
 
     def sample(self, outputs: Tensor, targets: Tensor, uniform: Uniform) -> Tensor:
         """Normal numbers of variance `scale`: targets have variance 1/scale around the outputs."""
@@ -111,6 +124,11 @@ class GaussianNLL:
         precision, error = (-log_variance).exp(), mean - targets
         u, v = tangent.unbind(-1)
         return precision.unsqueeze(-1) * torch.stack([u - error * v, error.square() / 2 * v - error * u], dim=-1)
+
+    def root(self, outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
+        """exp(-s / 2) for the mean and sqrt(1/2) for the log-variance, entry after entry: the Fisher information."""
+        deviation = (outputs[..., 1] / 2).exp()
+        return one_by_one(torch.stack([1 / deviation, torch.full_like(deviation, 0.5**0.5)], dim=-1))
 
     def sample(self, outputs: Tensor, targets: Tensor, uniform: Uniform) -> Tensor:
         """The residual at a target m + exp(s / 2) z with z standard normal."""

@@ -1,0 +1,118 @@
+"""Kronecker-factored approximations of the Gauss-Newton and Fisher matrices: a block for each layer.
+
+In a layer with inputs a and gradients g of its outputs the block is approximately E[g g^T] ⊗ E[a a^T], with row-major
+weights and the bias as their last column. Every block is known by two small matrices, whose eigenvalues tell all.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from curvature.linalg.structured import BlockDiagonal, Kronecker, Spectral
+from curvature.objective.objective import Objective
+from curvature.operators.layers import Inputs, Layer, Rows, gram
+from curvature.operators.layerwise import Layerwise, Pulled
+from curvature.operators.residuals import FisherKind
+
+Sharing = Literal["expand", "reduce"]
+
+
+def kfac(
+    objective: Objective,
+    *,
+    fisher: Pulled = "sampled",
+    samples: int = 1,
+    sharing: Sharing = "expand",
+    seed: int = 0,
+) -> BlockDiagonal:
+    """K-FAC: a block-diagonal approximation of the Gauss-Newton or Fisher matrix, psd, from one pass over the data.
+
+    `fisher` says which residuals are pulled back through the model: "type-2", all, for the GGN (one backward pass for
+    each output of a term); "sampled", at `samples` targets drawn from the model, an unbiased estimate of the same;
+    "empirical", at the real targets; "input-only", none: E[g g^T] is replaced by the identity. The terms of one example
+    (its tokens) get random signs, by `seed`, where they meet. `sharing` says how the positions of an example that share
+    weights (tokens, locations of a convolution) are taken: as if independent ("expand"), or by the mean of inputs and
+    the sum of gradients ("reduce", for models that average over positions).
+
+    `.blocks` are operators by name: Kronecker for Linear, Conv, Embedding (with a diagonal factor) and Hugging Face's
+    Conv1D, the block itself for each channel of a normalisation, and for all other parameters its Diagonal;
+    `.source["diagonal"]` lists these and says why. trace, logdet, eigenvalues, inverse and power of the result are
+    exact. The regulariser is not in it: give `objective.l2` as `damping`.
+
+    Martens & Grosse 2015 (arXiv:1503.05671); Grosse & Martens 2016 (arXiv:1602.01407), convolutions; Eschenhagen et
+    al. 2023 (arXiv:2311.00636), expand and reduce; Benzing 2022 (arXiv:2201.12250), input-only.
+    """
+    seen = Layerwise("kfac", objective, fisher, samples=samples, seed=seed)
+    return seen.assembled(*_factors(seen, sharing), sharing=sharing)
+
+
+def ekfac(
+    objective: Objective,
+    *,
+    fisher: FisherKind = "sampled",
+    samples: int = 1,
+    sharing: Sharing = "expand",
+    seed: int = 0,
+) -> BlockDiagonal:
+    """EKFAC: the eigenvectors of K-FAC, and for eigenvalues the true second moments along them, from two passes.
+
+    Of all matrices with these eigenvectors it is the nearest to the blocks of the Fisher matrix (in Frobenius norm).
+    Arguments, blocks and what is exact are as in `kfac`.
+
+    George et al. 2018 (arXiv:1806.03884).
+    """
+    seen = Layerwise("ekfac", objective, fisher, samples=samples, seed=seed)
+    blocks, squares = _factors(seen, sharing)
+    bases = {layer.name: blocks[layer.name].spectral for layer in seen.layers if not layer.kind.small}
+
+    def each(layer: Layer, inputs: Inputs, cotangents: Tensor) -> list[Tensor]:
+        if layer.kind.small:
+            return []  # exact as it is
+        basis = bases[layer.name]
+        outer, inner = (basis.V, basis.U) if layer.kind.transposed else (basis.U, basis.V)
+        return [inputs.squares(torch.einsum("nrgo,gop->nrgp", cotangents, outer), inner)]
+
+    moments, _ = seen.means(lambda layer, inputs: [], each, others=False)
+    corrected = {name: Spectral(moments[name][0], basis.U, basis.V) for name, basis in bases.items()}
+    return seen.assembled({**blocks, **corrected}, squares, sharing=sharing)
+
+
+def _factors(seen: Layerwise, sharing: Sharing) -> tuple[dict[str, Kronecker], dict[str, Tensor]]:
+    """The K-FAC block of every layer, and the diagonal of the other parameters."""
+    if sharing not in ("expand", "reduce"):
+        raise ValueError(f"sharing is 'expand' or 'reduce', but got {sharing!r}.")
+    reduce, pulled = sharing == "reduce", seen.residuals is not None
+
+    def once(layer: Layer, inputs: Inputs) -> list[Tensor]:
+        if layer.kind.small and pulled:
+            return []
+        inputs = inputs.reduced() if reduce else inputs
+        return [inputs.second_moment(), torch.tensor(float(inputs.count), dtype=torch.float64)]
+
+    def each(layer: Layer, inputs: Inputs, cotangents: Tensor) -> list[Tensor]:
+        if layer.kind.small and isinstance(inputs, Rows):
+            return [inputs.whole(cotangents)]
+        cotangents = inputs.summed(cotangents) if reduce else cotangents
+        return [gram(cotangents.flatten(0, 1))]
+
+    means, squares = seen.means(once, each)
+    return {layer.name: _block(layer, means[layer.name], seen.objective) for layer in seen.layers}, squares
+
+
+def _block(layer: Layer, means: list[Tensor], objective: Objective) -> Kronecker:
+    """E[g g^T] ⊗ E[a a^T] from [sum of a a^T, positions, sum of g g^T] per term; the identity where there is no g.
+
+    Of a layer of small groups [sum of G G^T] is the block itself.
+    """
+    groups, left, right = layer.arranged(objective.params).shape
+    inner, outer = means[0], objective.params[layer.params[0]].new_ones(groups, 1, 1)
+    if len(means) > 1:
+        inner = (inner / means[1]).to(outer.dtype)
+    if not layer.kind.small:
+        size = right if layer.kind.transposed else left
+        outer = means[2] if len(means) > 2 else torch.eye(size).to(outer).expand(groups, size, size)
+    factors = (inner, outer) if layer.kind.transposed else (outer, inner)
+    return Kronecker(*factors, psd=True)

@@ -1,0 +1,93 @@
+"""Layers whose parameters act as matrices on what goes in: what K-FAC needs of each kind, one file a kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from curvature.objective.layers import Call
+from curvature.operators.layers import conv
+from curvature.operators.layers.embedding import EMBEDDING
+from curvature.operators.layers.kind import Kind
+from curvature.operators.layers.linear import CONV1D, LINEAR
+from curvature.operators.layers.norm import BATCH_NORM, LAYER_NORM
+from curvature.operators.layers.positions import Indices, Inputs, Rows
+from curvature.operators.layers.positions import gram as gram
+
+KINDS: dict[type[nn.Module], Kind] = {
+    nn.Linear: LINEAR,
+    nn.Embedding: EMBEDDING,
+    nn.LayerNorm: LAYER_NORM,
+    nn.RMSNorm: LAYER_NORM,
+    nn.GroupNorm: BATCH_NORM,
+    nn.modules.batchnorm._NormBase: BATCH_NORM,
+    **conv.KINDS,
+}
+NAMED: dict[str, Kind] = {"Conv1D": CONV1D, "RMSNorm": LAYER_NORM, "LayerNorm": LAYER_NORM}  # ends of class names
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of a kind that is known, and the names of its selected parameters: a weight, a bias, or both."""
+
+    name: str
+    module: Any
+    kind: Kind
+    weight: str | None
+    bias: str | None
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """The names of its selected parameters."""
+        return tuple(name for name in (self.weight, self.bias) if name is not None)
+
+    def lengths(self, calls: Sequence[Call], gradients: Sequence[Tensor]) -> set[int]:
+        """The lengths of the first axes of what went in and what came back."""
+        inputs = {len(self.kind.inputs(self.module, call.input).values) for call in calls}
+        return inputs | {len(self.kind.outputs(self.module, gradient)) for gradient in gradients}
+
+    def inputs(self, calls: Sequence[Call], examples: int) -> Inputs:
+        """What went in, in all its calls."""
+        parts = [self.kind.inputs(self.module, call.input) for call in calls]
+        values = torch.cat([_by_example(part.values, examples) for part in parts], dim=1)
+        if isinstance(parts[0], Indices):
+            return Indices(values, parts[0].size)
+        if self.weight is None:
+            values = values[..., :0]
+        return Rows(values) if self.bias is None else Rows(values).with_ones()
+
+    def cotangents(self, gradients: Sequence[Tensor], examples: int) -> Float[Tensor, "n r g o"]:
+        """The gradients of the outputs of all its calls."""
+        parts = [self.kind.outputs(self.module, gradient) for gradient in gradients]
+        return torch.cat([_by_example(part, examples) for part in parts], dim=1)
+
+    def arranged(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, "g o i"]:
+        """Tensors shaped like its parameters as the matrices that act on the inputs, the bias their last column."""
+        parts = []
+        if self.weight is not None:
+            parts.append(self.kind.matrix(self.module, tensors[self.weight]))
+        if self.bias is not None:
+            groups = len(self.kind.matrix(self.module, self.module.weight))
+            parts.append(tensors[self.bias].reshape(groups, -1, 1))
+        return torch.cat(parts, dim=-1)
+
+
+def recognised(module: nn.Module) -> Kind | None:
+    """The kind of a layer; None where it is not known."""
+    for base in type(module).__mro__:
+        if base in KINDS:
+            return KINDS[base]
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, nn.Parameter) and not list(module.children()):
+        return next((kind for end, kind in NAMED.items() if type(module).__name__.endswith(end)), None)
+    return None
+
+
+def _by_example(values: Tensor, examples: int) -> Tensor:
+    """(k examples, positions, ...) -> (examples, k positions, ...): layers may see several entries of each example."""
+    return values.reshape(examples, -1, *values.shape[2:])

@@ -1,0 +1,117 @@
+"""What goes into a layer, example by example and position by position, and the sums K-FAC takes over it.
+
+A layer is, in each of its groups, a matrix W (out, in) that acts at every position r of every example: with inputs
+a_r and gradients g_r of the outputs, the gradient of W in an example is the sum over r of g_r a_r^T.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+PIECE = 1 << 24  # entries of per-example gradients formed at a time: 64 MiB in float32
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Vectors, one a group: (examples, positions, groups, in)."""
+
+    values: Float[Tensor, "n r g i"]
+
+    @property
+    def count(self) -> int:
+        """Positions of all examples."""
+        return self.values.shape[0] * self.values.shape[1]
+
+    def with_ones(self) -> Rows:
+        """The same with an entry 1 behind each vector, the input of a bias."""
+        return Rows(F.pad(self.values, (0, 1), value=1.0))
+
+    def second_moment(self) -> Float[Tensor, "g i i"]:
+        """The sum of a a^T over examples and positions."""
+        return gram(self.values.flatten(0, 1))
+
+    def reduced(self) -> Rows:
+        """The mean over the positions of each example."""
+        return Rows(self.values.mean(1, keepdim=True))
+
+    def summed(self, cotangents: Float[Tensor, "n r g o"]) -> Float[Tensor, "n 1 g o"]:
+        """What belongs to the reduced inputs: the sum over the positions of each example."""
+        return cotangents.sum(1, keepdim=True)
+
+    def gradient(self, cotangents: Float[Tensor, "n r g o"]) -> Float[Tensor, "g o i"]:
+        """The sum over the gradients of all examples."""
+        return torch.einsum("nrgo,nrgi->goi", cotangents, self.values)
+
+    def whole(self, cotangents: Float[Tensor, "n r g o"]) -> Float[Tensor, "g oi oi"]:
+        """The sum of G G^T over the gradients G of examples, a vector for each group: exact, for small groups."""
+        return gram(torch.einsum("nrgo,nrgi->ngoi", cotangents, self.values).flatten(2))
+
+    def squares(self, cotangents: Float[Tensor, "n r g o"], V: Tensor | None) -> Float[Tensor, "g o i"]:
+        """The sum of the squared entries of G V over the gradients G of examples."""
+        values = self.values if V is None else torch.einsum("nrgi,gij->nrgj", self.values, V)
+        if values.shape[1] == 1:
+            return torch.einsum("ngo,ngi->goi", cotangents[:, 0].square(), values[:, 0].square())
+        total = cotangents.new_zeros(*cotangents.shape[2:], values.shape[-1])
+        examples = max(1, PIECE // total.numel())
+        for g, a in zip(cotangents.split(examples), values.split(examples), strict=True):
+            total += torch.einsum("nrgo,nrgi->ngoi", g, a).square().sum(0)
+        return total
+
+
+@dataclass(frozen=True)
+class Indices:
+    """Indices (examples, positions) of `size` unit vectors that are the inputs of an embedding; -1 for none.
+
+    Its matrix is (size, out), transposed against that of other layers, as embeddings keep it.
+    """
+
+    values: Int[Tensor, "n r"]
+    size: int
+
+    @property
+    def count(self) -> int:
+        """Positions of all examples."""
+        return self.values.numel()
+
+    def second_moment(self) -> Float[Tensor, " size"]:
+        """How often each index occurs: the diagonal of the sum of a a^T."""
+        ids = self.values[self.values >= 0]
+        return torch.bincount(ids, minlength=self.size).double()
+
+    def reduced(self) -> Indices:
+        """The same: the second moment of means of unit vectors is not diagonal."""
+        return self
+
+    def summed(self, cotangents: Float[Tensor, "n r 1 o"]) -> Float[Tensor, "n r 1 o"]:
+        """The same."""
+        return cotangents
+
+    def gradient(self, cotangents: Float[Tensor, "n r 1 o"]) -> Float[Tensor, "1 size o"]:
+        """The sum over the gradients of all examples."""
+        kept = self.values >= 0
+        rows = cotangents.new_zeros(self.size, cotangents.shape[-1])
+        return rows.index_add_(0, self.values[kept], cotangents[:, :, 0][kept]).unsqueeze(0)
+
+    def squares(self, cotangents: Float[Tensor, "n r 1 o"], V: Tensor | None) -> Float[Tensor, "1 size o"]:
+        """The sum of the squared entries of the gradients of examples; their inputs have no other basis: V is None."""
+        kept = self.values >= 0
+        example = torch.arange(len(self.values), device=kept.device).unsqueeze(1).expand_as(kept)
+        pairs, place = torch.unique(example[kept] * self.size + self.values[kept], return_inverse=True)
+        rows = cotangents.new_zeros(len(pairs), cotangents.shape[-1])
+        rows.index_add_(0, place, cotangents[:, :, 0][kept])
+        total = cotangents.new_zeros(self.size, cotangents.shape[-1])
+        return total.index_add_(0, pairs % self.size, rows.square()).unsqueeze(0)
+
+
+Inputs = Rows | Indices
+
+
+def gram(vectors: Float[Tensor, "n g d"]) -> Float[Tensor, "g d d"]:
+    """The sum of x x^T in each group."""
+    stacked = vectors.transpose(0, 1)
+    return stacked.mT @ stacked

@@ -1,0 +1,37 @@
+"""Diagonals, from the squared gradients of examples."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from curvature.linalg.structured import Diagonal
+from curvature.objective.objective import Objective
+from curvature.operators.layers import Inputs, Layer
+from curvature.operators.layerwise import Layerwise
+from curvature.operators.residuals import FisherKind
+
+
+def ggn_diagonal(objective: Objective, *, fisher: FisherKind = "type-2", samples: int = 1, seed: int = 0) -> Diagonal:
+    """The diagonal of the GGN as an operator, from one pass over the data: exact.
+
+    "type-2" takes one backward pass for each output of an example. "sampled" is an unbiased estimate from `samples`
+    targets drawn from the model, and takes one for each: the diagonal of `fisher` where an example is one term.
+    "empirical" is that of `empirical_fisher`, exact, with one for each term of an example. The regulariser is not in
+    it.
+
+    Dangel, Kunstner & Hennig 2020 (arXiv:1912.10985), diagonals from per-example gradients.
+    """
+    seen = Layerwise("ggn_diagonal", objective, fisher, samples=samples, seed=seed, apart=True)
+
+    def each(layer: Layer, inputs: Inputs, cotangents: Tensor) -> list[Tensor]:
+        return [inputs.squares(cotangents, None)]
+
+    moments, squares = seen.means(lambda layer, inputs: [], each)
+    space = objective.space
+    entries = torch.empty(space.size, dtype=space.dtype, device=space.device)
+    for layer in seen.layers:
+        entries[seen.place(layer)] = moments[layer.name][0].reshape(-1)
+    for name, square in squares.items():
+        entries[seen.place(name)] = square.reshape(-1)
+    return Diagonal(entries, space=space, source=seen.source)

@@ -1,0 +1,430 @@
+"""K-FAC, EKFAC and GGN diagonals: exact where theory says so, for every kind of layer, and right about what is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from objectives import Case, zoo
+from torch import Tensor, nn
+from untouched import untouched
+
+import curvature as cv
+
+ZOO = pytest.mark.parametrize("case", zoo(), ids=str)
+
+
+def on_blocks(A: cv.BlockDiagonal, matrix: Tensor) -> Tensor:
+    """The matrix within the blocks of A, zero elsewhere."""
+    mask = torch.zeros_like(matrix)
+    for place in A.places.values():
+        at = torch.arange(len(matrix))[place]
+        mask[at[:, None], at] = 1
+    return matrix * mask
+
+
+class Mean(nn.Module):
+    """The mean over positions, between the first axis and the last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1, -2).mean(1)
+
+
+def deep_linear(*last: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3, bias=False), nn.Linear(3, 2), *last).double()
+
+
+def of(module: nn.Module, inputs: Tensor, loss: object = "mse", sizes: tuple[int, ...] | None = None, **options):
+    """An objective with random targets, in batches of the given sizes."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        outputs = module(inputs)
+    targets = torch.randint(0, outputs.shape[-1], outputs.shape[:-1]) if loss == "cross-entropy" else outputs + 1
+    sizes = sizes or (len(inputs),)
+    batches = list(zip(inputs.split(list(sizes)), targets.split(list(sizes)), strict=True))
+    return cv.Objective.of(module, loss, batches, **options)
+
+
+@pytest.mark.parametrize("make", [cv.kfac, cv.ekfac])
+@pytest.mark.parametrize("sharing, last", [("expand", ()), ("reduce", (Mean(),))])
+def test_exact_for_deep_linear_networks_in_both_settings_of_sharing(make, sharing, last):
+    """Eschenhagen et al. 2023: positions with losses of their own, and a mean over positions before the loss."""
+    objective = of(deep_linear(*last), torch.randn(7, 3, 4).double(), sizes=(2, 5))
+    A = make(objective, fisher="type-2", sharing=sharing)
+    expected = on_blocks(A, cv.ggn(objective).dense())
+    torch.testing.assert_close(A.dense(), expected, rtol=1e-10, atol=1e-12)
+    assert all(isinstance(block, cv.Kronecker | cv.Spectral) for block in A.blocks.values()) and A.psd
+
+
+def test_the_other_setting_is_far_off():
+    """A test that cannot fail would pass here."""
+    objective = of(deep_linear(Mean()), torch.randn(7, 3, 4).double())
+    A = cv.kfac(objective, fisher="type-2", sharing="expand")
+    expected = on_blocks(A, cv.ggn(objective).dense())
+    assert torch.linalg.norm(A.dense() - expected) > 0.2 * torch.linalg.norm(expected)
+
+
+class HuggingFaceConv1D(nn.Module):
+    """What transformers.pytorch_utils.Conv1D computes: a linear layer that keeps (in, out)."""
+
+    def __init__(self, out: int, into: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(into, out)), nn.Parameter(torch.randn(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], -1)
+
+
+HuggingFaceConv1D.__name__ = "Conv1D"
+
+ONE_LOCATION = {  # a layer that sees one position of each example, and its input
+    "linear": (nn.Linear(4, 3), (4,)),
+    "linear without bias": (nn.Linear(4, 3, bias=False), (4,)),
+    "conv1d": (nn.Conv1d(2, 3, 4), (2, 4)),
+    "conv2d": (nn.Conv2d(2, 3, (2, 3)), (2, 2, 3)),
+    "conv3d": (nn.Conv3d(1, 3, 2, bias=False), (1, 2, 2, 2)),
+    "groups": (nn.Conv2d(4, 6, 2, groups=2), (4, 2, 2)),
+    "dilation and stride": (nn.Conv2d(2, 3, 2, dilation=2, stride=5), (2, 3, 3)),
+    "padding": (nn.Conv2d(2, 3, 3, padding=1, stride=2), (2, 1, 1)),
+    "Hugging Face Conv1D": (HuggingFaceConv1D(3, 4), (4,)),
+    "embedding": (nn.Embedding(5, 3), ()),
+    "padded embedding": (nn.Embedding(5, 3, padding_idx=1), ()),
+    "layer norm": (nn.LayerNorm(4), (4,)),
+    "layer norm without bias": (nn.LayerNorm(4, bias=False), (4,)),
+    "rms norm": (nn.RMSNorm(4), (4,)),
+    "batch norm": (nn.BatchNorm1d(4), (4,)),
+}
+
+
+def drawn(layer: nn.Module, shape: tuple[int, ...], count: int) -> Tensor:
+    torch.manual_seed(2)
+    return torch.randint(0, 5, (count,)) if isinstance(layer, nn.Embedding) else torch.randn(count, *shape).double()
+
+
+@pytest.mark.parametrize("layer, shape", ONE_LOCATION.values(), ids=ONE_LOCATION)
+@pytest.mark.parametrize("make", [cv.kfac, cv.ekfac])
+def test_exact_for_one_datum_with_each_kind_of_layer(layer, shape, make):
+    """The sum over outputs of g g^T, times one a a^T; within each group of a grouped layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Tanh(), nn.LazyLinear(3)).double().eval()
+    inputs = drawn(layer, shape, 1)
+    model(inputs)
+    objective = of(model, inputs, "cross-entropy", select="0.*")
+    A = make(objective, fisher="type-2")
+    assert not A.source["diagonal"] and list(A.blocks) == ["0"]
+    (block,) = A.blocks.values()
+    expected = cv.ggn(objective).dense()
+    order = torch.arange(len(expected))[A.places["0"]]
+    groups = block.spectral if isinstance(block, cv.Kronecker) else block
+    size = groups.values[0].numel() if groups.values.ndim == 3 else groups.values.numel()
+    group = torch.empty(len(expected), dtype=torch.long)
+    group[order] = torch.arange(len(expected)) // size
+    expected = expected * (group[:, None] == group)
+    torch.testing.assert_close(A.dense(), expected, rtol=1e-10, atol=1e-12)
+
+
+LAYERS = {  # many positions, every option that changes what the weights see
+    **ONE_LOCATION,
+    "sequence": (nn.Linear(4, 3), (5, 4)),
+    "images": (nn.Linear(2, 3), (3, 2, 2)),
+    "conv1d locations": (nn.Conv1d(2, 4, 3, padding=2, stride=2, dilation=2, groups=2), (2, 9)),
+    "conv2d same": (nn.Conv2d(2, 3, (2, 3), padding="same", dilation=(2, 1)), (2, 4, 5)),
+    "conv2d valid": (nn.Conv2d(2, 3, 2, padding="valid"), (2, 4, 3)),
+    "conv2d uneven": (nn.Conv2d(2, 3, (3, 1), padding=(2, 0), stride=(1, 2)), (2, 4, 5)),
+    "conv2d circular": (nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), (2, 4, 4)),
+    "conv2d reflect": (nn.Conv2d(2, 3, 3, padding=(1, 2), padding_mode="reflect"), (2, 4, 4)),
+    "conv2d replicate same": (nn.Conv2d(2, 3, 3, padding="same", padding_mode="replicate"), (2, 4, 4)),
+    "depthwise": (nn.Conv2d(3, 6, 2, groups=3), (3, 3, 3)),
+    "conv3d locations": (nn.Conv3d(2, 2, 2, padding=1, stride=2), (2, 3, 2, 2)),
+    "layer norm of images": (nn.LayerNorm((2, 3)), (4, 2, 3)),
+    "group norm": (nn.GroupNorm(2, 4), (4, 3)),
+    "instance norm": (nn.InstanceNorm2d(2, affine=True), (2, 3, 3)),
+    "batch norm of images": (nn.BatchNorm2d(2), (2, 3, 3)),
+}
+
+
+def model_of(layer: nn.Module, shape: tuple[int, ...], count: int) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(layer, nn.ReLU(inplace=True), nn.Flatten(), nn.LazyLinear(3)).double()
+    inputs = drawn(layer, shape, count)
+    model(inputs)
+    return model.eval(), inputs
+
+
+@pytest.mark.parametrize("layer, shape", LAYERS.values(), ids=LAYERS)
+def test_diagonal_is_that_of_the_ggn_for_each_kind_of_layer(layer, shape):
+    model, inputs = model_of(layer, shape, 6)
+    objective = of(model, inputs, "cross-entropy", sizes=(4, 2))
+    assert not cv.kfac(objective, fisher="input-only").source["diagonal"]
+    torch.testing.assert_close(
+        cv.ggn_diagonal(objective).entries, cv.ggn(objective).dense().diagonal(), rtol=1e-10, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("layer, shape", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("fisher", ["type-2", "sampled", "empirical", "input-only"])
+def test_independent_of_batches_and_of_repeated_data(layer, shape, sharing, fisher):
+    model, inputs = model_of(layer, shape, 6)
+    options = {"fisher": fisher, "sharing": sharing}
+    whole = cv.kfac(of(model, inputs, "cross-entropy"), **options).dense()
+    parts = cv.kfac(of(model, inputs, "cross-entropy", sizes=(1, 3, 2)), **options).dense()
+    torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-12)
+    if fisher != "sampled":  # a repeated example has samples of its own
+        objective = of(model, inputs, "cross-entropy")
+        doubled = [(x.repeat_interleave(2, 0), y.repeat_interleave(2, 0)) for x, y in objective.batches]
+        twice = cv.kfac(cv.Objective.of(model, "cross-entropy", doubled), **options).dense()
+        torch.testing.assert_close(twice, whole, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("layer, shape", LAYERS.values(), ids=LAYERS)
+def test_ekfac_has_the_second_moments_along_the_eigenvectors_of_kfac(layer, shape):
+    """diag(U^T F U), and with it the nearest of all such matrices to the blocks of the GGN."""
+    model, inputs = model_of(layer, shape, 6)
+    objective = of(model, inputs, "cross-entropy", sizes=(4, 2))
+    G = cv.ggn(objective).dense()
+    K, E = (make(objective, fisher="type-2") for make in (cv.kfac, cv.ekfac))
+    expected = on_blocks(E, G)
+    for name, place in E.places.items():
+        at = torch.arange(len(G))[place]
+        block = E.blocks[name]
+        if not isinstance(block, cv.Spectral):
+            continue
+        U = torch.stack([_times(block, row) for row in torch.eye(len(at)).double()])
+        torch.testing.assert_close(
+            (U @ G[at[:, None], at] @ U.T).diagonal(), block.values.reshape(-1), rtol=1e-8, atol=1e-12
+        )
+    assert torch.linalg.norm(E.dense() - expected) <= torch.linalg.norm(K.dense() - expected) + 1e-12
+
+
+def _times(block: cv.Spectral, row: Tensor) -> Tensor:
+    """The eigenvector of that coordinate."""
+    X = row.view(1, -1, *block.values.shape[-2:])
+    X = X if block.U is None else block.U @ X
+    return (X if block.V is None else X @ block.V.mT).reshape(-1)
+
+
+@ZOO
+def test_diagonal_is_that_of_the_ggn(case: Case):
+    """Known layers and unknown ones, tied and repeated, whatever the batches."""
+    expected = cv.ggn(case.objective()).dense().diagonal()
+    for sizes in (None, (1, 5, len(case.inputs) - 6)):
+        torch.testing.assert_close(cv.ggn_diagonal(case.objective(sizes)).entries, expected, rtol=1e-10, atol=1e-12)
+
+
+@ZOO
+@pytest.mark.parametrize("fisher", ["sampled", "empirical"])
+def test_diagonals_of_fisher_matrices(case: Case, fisher):
+    """Exactly those of the matrices with the same samples, where an example is a term."""
+    if fisher == "sampled" and case.name in ("tokens", "tied-head"):
+        pytest.skip("tokens are terms, whose samples meet: an estimate, tested below")
+    objective = case.objective((1, 5, len(case.inputs) - 6))
+    make = cv.fisher if fisher == "sampled" else cv.empirical_fisher
+    expected = make(objective, **({"seed": 3} if fisher == "sampled" else {})).dense().diagonal()
+    found = cv.ggn_diagonal(objective, fisher=fisher, seed=3).entries
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@ZOO
+@pytest.mark.parametrize("make", [cv.kfac, cv.ekfac])
+def test_every_parameter_has_a_block_and_nothing_is_touched(case: Case, make):
+    objective = case.objective((1, 5, len(case.inputs) - 6))
+    with untouched(case.module):
+        A = make(objective, samples=2)
+    torch.testing.assert_close(A.dense(), A.dense().T, rtol=0, atol=1e-12)
+    assert torch.linalg.eigvalsh(A.dense()).min() > -1e-12 and (A.dense().diagonal().sum() > 0)
+    torch.testing.assert_close(cv.trace(A).value, A.dense().trace(), rtol=1e-10, atol=0)
+    inverse = cv.inverse(A, damping=1e-2).dense()
+    torch.testing.assert_close(
+        inverse @ (A.dense() + 1e-2 * torch.eye(len(inverse)).double()),
+        torch.eye(len(inverse)).double(),
+        rtol=0,
+        atol=1e-9,
+    )
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_samples_approach_the_exact_factors(sharing):
+    objective = of(deep_linear(nn.Tanh()), torch.randn(9, 4).double(), "cross-entropy")
+    exact = cv.kfac(objective, fisher="type-2", sharing=sharing).dense()
+    errors = []
+    for samples in (10, 1000):
+        A = cv.kfac(objective, samples=samples, seed=1, sharing=sharing)
+        errors.append(float(torch.linalg.norm(A.dense() - exact) / torch.linalg.norm(exact)))
+    assert errors[1] < 0.05 and errors[1] < errors[0] / 4  # the root of 100 is 10
+
+
+def test_samples_depend_on_the_seed_alone():
+    objective = of(deep_linear(), torch.randn(9, 4).double())
+    one, same, other = (cv.kfac(objective, seed=seed).dense() for seed in (0, 0, 1))
+    assert torch.equal(one, same) and not torch.allclose(one, other)
+
+
+def test_empirical_factors_are_those_of_the_real_residuals():
+    objective = of(nn.Linear(3, 2).double(), torch.randn(1, 3).double(), "cross-entropy")
+    expected = cv.empirical_fisher(objective).dense()
+    A = cv.kfac(objective, fisher="empirical")
+    torch.testing.assert_close(A.dense(), on_blocks(A, expected), rtol=1e-10, atol=1e-12)
+
+
+def test_input_only_factors_have_the_identity_for_gradients_and_run_no_backward():
+    x = torch.randn(5, 4).double()
+    A = cv.kfac(of(nn.Linear(4, 3).double(), x), fisher="input-only")
+    a = F.pad(x, (0, 1), value=1.0)
+    expected = torch.kron(torch.eye(3).double(), a.T @ a / 5)
+    order = torch.cat([torch.arange(12).view(3, 4), torch.arange(12, 15)[:, None]], 1).reshape(-1)
+    torch.testing.assert_close(A.dense()[order[:, None], order], expected)
+
+
+@pytest.mark.parametrize("select", ["*.weight", "*.bias", ["0.weight", "2.bias"]])
+def test_frozen_parameters_have_no_part_in_the_blocks(select):
+    objective = of(deep_linear(), torch.randn(6, 4).double(), select=select)
+    A = cv.kfac(objective, fisher="type-2")
+    torch.testing.assert_close(A.dense(), on_blocks(A, cv.ggn(objective).dense()), rtol=1e-10, atol=1e-12)
+    assert A.domain == objective.space
+
+
+class Odd(nn.Module):
+    """Parameters that no layer explains: tied, never called, used elsewhere too, not called for each example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+        self.head.weight = self.embedding.weight
+        self.scale = nn.Parameter(torch.ones(4))
+        self.bypassed, self.elsewhere, self.twice = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.position, self.bilinear = nn.Embedding(5, 4), nn.Bilinear(4, 4, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.embedding(ids) * self.scale + self.position(torch.arange(ids.shape[1])[None])
+        h = h + F.linear(h, self.bypassed.weight, self.bypassed.bias).tanh()
+        h = h + self.elsewhere(h).tanh() * self.elsewhere.weight.mean()
+        h = h + self.twice(self.twice(h).tanh())
+        return self.head(self.bilinear(h, h)).mean(1)
+
+
+def test_parameters_without_factors_get_an_exact_diagonal_and_are_listed_with_the_reason():
+    torch.manual_seed(0)
+    model = Odd().double()
+    objective = of(model, torch.randint(0, 6, (5, 5)), "cross-entropy", sizes=(3, 2))
+    A = cv.kfac(objective, fisher="type-2")
+    assert A.source["diagonal"] == {
+        "scale": "Odd has no factors",
+        "embedding.weight": "shared with head.weight",
+        "bypassed.weight": "its layer is never called",
+        "bypassed.bias": "its layer is never called",
+        "elsewhere.weight": "it is used outside its layer, or changed by it",
+        "elsewhere.bias": "it is used outside its layer, or changed by it",
+        "position.weight": "its layer is not called for each example",
+        "bilinear.weight": "Bilinear has no factors",
+        "bilinear.bias": "Bilinear has no factors",
+    }
+    G = cv.ggn(objective).dense().diagonal()
+    for name in A.source["diagonal"]:
+        torch.testing.assert_close(A.blocks[name].entries, G[A.places[name]], rtol=1e-10, atol=1e-12)
+    assert isinstance(A.blocks["twice"], cv.Kronecker)  # positions of both calls
+    torch.testing.assert_close(cv.ggn_diagonal(objective).entries, G, rtol=1e-10, atol=1e-12)
+
+
+class Crossed(nn.Module):
+    """The layer sees positions first: (positions, examples, features)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x.transpose(0, 1)).tanh().mean(0))
+
+
+def test_layers_that_see_other_axes_first_are_found_out():
+    objective = of(Crossed().double(), torch.randn(4, 4, 3).double())
+    A = cv.ekfac(objective, fisher="type-2")
+    assert set(A.source["diagonal"].values()) == {"its layer mixes examples"}
+    torch.testing.assert_close(
+        cv.ggn_diagonal(objective).entries, cv.ggn(objective).dense().diagonal(), rtol=1e-10, atol=1e-12
+    )
+
+
+def test_models_that_need_their_whole_batch_have_diagonals_too():
+    """Batch statistics couple the examples: none can be taken alone."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Bilinear(4, 4, 2)).double()
+    model[3] = Squares()
+    objective = of(model.double(), torch.randn(6, 3).double(), mode="train")
+    expected = cv.ggn(objective).dense().diagonal()
+    diagonal = cv.ggn_diagonal(objective)
+    at = slice(len(expected) - 8, len(expected))
+    torch.testing.assert_close(diagonal.entries[at], expected[at], rtol=1e-10, atol=1e-12)
+
+
+class Squares(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.square() @ self.matrix.T
+
+
+def transformer() -> cv.Objective:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+    return of(nn.Sequential(layer, nn.Linear(4, 3)).double(), torch.randn(5, 4, 4).double(), "cross-entropy")
+
+
+@pytest.mark.parametrize("kind", ["sampled", "type-2", "empirical"])
+def test_tokens_that_meet_in_attention_do_so_without_bias(kind):
+    """Random signs: over seeds the mean diagonal of the exact blocks is that of the matrix."""
+    objective = transformer()
+    make = cv.empirical_fisher if kind == "empirical" else cv.ggn
+    expected = make(objective).dense().diagonal()
+    draws = []
+    for seed in range(100):
+        A = cv.kfac(objective, fisher=kind, seed=seed)
+        draws.append(torch.cat([A.blocks[name].dense().diagonal() for name in EXACT]))
+    draws = torch.stack(draws)
+    places = torch.cat([torch.arange(len(expected))[A.places[name]] for name in EXACT])
+    error = (draws.mean(0) - expected[places]) / (draws.std(0) / 10)
+    assert draws.std(0).min() > 0 and error.abs().max() < 5 and error.square().mean() < 2
+
+
+EXACT = ("0.norm1", "0.self_attn.in_proj_weight", "0.self_attn.out_proj.weight")
+
+
+def test_layers_that_torch_calls_without_their_modules_are_listed():
+    assert cv.kfac(transformer()).source["diagonal"] == {
+        "0.self_attn.in_proj_weight": "MultiheadAttention has no factors",
+        "0.self_attn.in_proj_bias": "MultiheadAttention has no factors",
+        "0.self_attn.out_proj.weight": "its layer is never called",
+        "0.self_attn.out_proj.bias": "its layer is never called",
+    }
+
+
+def test_diagonal_of_the_ggn_with_attention_is_exact():
+    objective = transformer()
+    torch.testing.assert_close(
+        cv.ggn_diagonal(objective).entries, cv.ggn(objective).dense().diagonal(), rtol=1e-10, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize(
+    "call, error, words",
+    [
+        (lambda o: cv.kfac(o, fisher="exact"), ValueError, "fisher is 'type-2', 'sampled'"),
+        (lambda o: cv.kfac(o, sharing="both"), ValueError, "sharing is 'expand' or 'reduce'"),
+        (lambda o: cv.kfac(o, samples=0), ValueError, "at least one sample"),
+        (lambda o: cv.kfac(o.function.module), TypeError, r"Write kfac\(Objective.of"),
+        (lambda o: cv.ggn_diagonal(o.function.module), TypeError, r"Write ggn_diagonal\(Objective.of"),
+    ],
+)
+def test_wrong_arguments_are_refused(call, error, words):
+    with pytest.raises(error, match=words):
+        call(of(nn.Linear(3, 2), torch.randn(4, 3)))
+
+
+def test_losses_without_a_distribution_have_input_only_factors_alone():
+    objective = of(nn.Linear(3, 2), torch.randn(4, 3), lambda outputs, targets: (outputs - targets).abs().mean())
+    with pytest.raises(cv.BadObjective, match="no closed-form Hessian here, which kfac needs"):
+        cv.kfac(objective)
+    assert cv.trace(cv.kfac(objective, fisher="input-only")).value > 0
