@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import curvature as cv
-from curvature.objective.losses import CLASSES, Likelihood, as_loss, by_class_name, described, written
+from curvature.objective.losses import CLASSES, Likelihood, as_loss, by_class_name, closed, described, written
 
 SHAPES = {  # of the outputs: classes last in two axes, then on axis 1 or last
     "examples": (5, 4),
@@ -496,3 +496,48 @@ def test_only_our_own_are_written():
         written(Huberish())
     with pytest.raises(cv.BadObjective, match=r"There is no loss class 'Huberish' here. Known are CrossEntropy"):
         by_class_name("Huberish", {})
+
+
+@pytest.mark.parametrize("kind", ["index", "ignored", "probabilities"])
+@pytest.mark.parametrize("shape", ["examples", "sequences", "images"])
+def test_large_outputs_are_computed_in_chunks(monkeypatch, shape, kind):
+    axis = AXES[shape]
+    outputs, targets = drawn(SHAPES[shape], axis, kind)
+    loss = cv.CrossEntropy(label_smoothing=0.1, class_weights=WEIGHTS, axis=axis)
+
+    def everything() -> list[Tensor]:
+        tangent = torch.linspace(-1, 1, outputs.numel(), dtype=torch.float64).view_as(outputs)
+        generator = torch.Generator().manual_seed(0)
+        sample = loss.sample(outputs, targets, lambda size: torch.rand(size, generator=generator).double())
+        return [
+            loss.total(outputs, targets),
+            loss.residual(outputs, targets),
+            loss.hessian_product(outputs, targets, tangent),
+            sample,
+        ]
+
+    whole = everything()
+    monkeypatch.setattr(closed, "CHUNK", outputs.numel() // len(outputs))
+    calls = []
+    monkeypatch.setattr(
+        cv.CrossEntropy,
+        "_mass",
+        lambda self, o, t, a, mass=cv.CrossEntropy._mass: calls.append(len(o)) or mass(self, o, t, a),
+    )
+    for found, expected in zip(everything(), whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    assert set(calls) == {1}
+
+
+def test_the_graph_of_a_gradient_holds_the_outputs_of_a_vocabulary_and_their_residual_alone():
+    head, x, y = nn.Linear(4, 5000), torch.randn(20, 4), torch.randint(0, 5000, (20,))
+    held = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        total = cv.CrossEntropy().total(head(x), y)
+        gradients = torch.autograd.grad(total, list(head.parameters()), create_graph=True)
+    assert len(gradients) == 2 and sum(held.values()) < 2.5 * 20 * 5000 * 4 + 5000 * 4 * 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvature.errors import BadObjective
+from curvature.objective.losses.closed import chunked, chunks, total
 from curvature.objective.losses.elements import Over, Uniform, check_elements, count_of, example_axes, one_by_one
 
 
@@ -66,16 +68,23 @@ class CrossEntropy:
             )
 
     def total(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, ""]:
-        logits, targets = self._arranged(outputs, targets)
-        weights = self._weights(logits)
-        return F.cross_entropy(
-            logits,
-            targets,
-            weights,
-            ignore_index=self.ignore_index,
-            reduction="sum",
-            label_smoothing=self.label_smoothing,
-        )
+        return total(self, outputs, targets)
+
+    def value(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, ""]:
+        """The same, without derivatives."""
+        pieces = chunks(*self._arranged(outputs, targets))
+        sums = [
+            F.cross_entropy(
+                logits,
+                wanted,
+                self._weights(logits, logits.shape[-1]),
+                ignore_index=self.ignore_index,
+                reduction="sum",
+                label_smoothing=self.label_smoothing,
+            )
+            for logits, wanted in pieces
+        ]
+        return torch.stack(sums).sum()
 
     def weight(self, targets: Tensor) -> Float[Tensor, ""]:
         if targets.is_floating_point():
@@ -93,16 +102,12 @@ class CrossEntropy:
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """m p - q for every term: p the softmax, q the weighted and smoothed target distribution, m the mass of q."""
         axis = self._axis(outputs, targets)
-        q = self._distribution(outputs, targets, axis)
-        return outputs.softmax(axis) * q.sum(axis, keepdim=True) - q
+        return chunked(partial(self._residual, axis), outputs, targets)
 
     def hessian_product(self, outputs: Tensor, targets: Tensor, tangent: Tensor) -> Tensor:
-        """m (p * u - p (p . u)) for every term, with p the softmax and m the mass of its target distribution."""
+        """m p (u - p . u) for every term, with p the softmax and m the mass of its target distribution."""
         axis = self._axis(outputs, targets)
-        p = outputs.softmax(axis)
-        product = p * tangent
-        product = product - p * product.sum(axis, keepdim=True)
-        return product * self._mass(outputs, targets, axis).unsqueeze(axis)
+        return chunked(partial(self._hessian_product, axis), outputs, targets, tangent)
 
     def root(self, outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
         """sqrt(m p_c) (p - e_c) for every term, class c after class."""
@@ -117,7 +122,30 @@ class CrossEntropy:
     def sample(self, outputs: Tensor, targets: Tensor, uniform: Uniform) -> Tensor:
         """sqrt(m) (p - e_c) for every term, with the class c drawn from the softmax p."""
         axis = self._axis(outputs, targets)
-        p = outputs.detach().movedim(axis, -1).softmax(-1)
+        return chunked(partial(self._sample, axis, uniform), outputs.detach(), targets)
+
+    def _residual(self, axis: int, outputs: Tensor, targets: Tensor) -> Tensor:
+        p_mass = outputs.softmax(axis) * self._mass(outputs, targets, axis).unsqueeze(axis)
+        classes, smooth = outputs.shape[axis], self.label_smoothing
+        weights = self._weights(outputs, classes)
+        if targets.is_floating_point():
+            q = (1 - smooth) * targets.to(outputs.dtype).movedim(axis, -1) + smooth / classes
+            return p_mass - (q * weights).movedim(-1, axis)
+        kept = targets != self.ignore_index
+        chosen = targets.where(kept, 0).long()
+        if smooth:
+            uniform = (smooth / classes * weights).expand(*targets.shape, classes) * kept.unsqueeze(-1)
+            p_mass = p_mass - uniform.movedim(-1, axis)
+        mass = (1 - smooth) * weights[chosen] * kept
+        return p_mass.scatter_add(axis, chosen.unsqueeze(axis), -mass.unsqueeze(axis))
+
+    def _hessian_product(self, axis: int, outputs: Tensor, targets: Tensor, tangent: Tensor) -> Tensor:
+        p = outputs.softmax(axis)
+        along = torch.linalg.vecdot(p, tangent, dim=axis).unsqueeze(axis)
+        return p * (tangent - along) * self._mass(outputs, targets, axis).unsqueeze(axis)
+
+    def _sample(self, axis: int, uniform: Uniform, outputs: Tensor, targets: Tensor) -> Tensor:
+        p = outputs.movedim(axis, -1).softmax(-1)
         steps = p.double().cumsum(-1)
         drawn = uniform(p.shape[:-1]).unsqueeze(-1) * steps[..., -1:]  # sums round: the last is not 1
         chosen = torch.searchsorted(steps, drawn, right=True).clamp(max=p.shape[-1] - 1)
@@ -150,37 +178,20 @@ class CrossEntropy:
             return logits, targets.movedim(axis, -1).reshape(logits.shape)
         return logits, targets.reshape(-1).long()
 
-    def _weights(self, logits: Tensor) -> Tensor | None:
-        if self.class_weights is None:
-            return None
-        return torch.tensor(self.class_weights, dtype=logits.dtype, device=logits.device)
-
-    def _distribution(self, outputs: Tensor, targets: Tensor, axis: int) -> Tensor:
-        """The weighted and smoothed target distribution of every term, shaped like the outputs; zero where ignored."""
-        classes, smooth = outputs.shape[axis], self.label_smoothing
-        weights = self._weights(outputs)
-        weights = outputs.new_ones(classes) if weights is None else weights
-        if targets.is_floating_point():
-            q = (1 - smooth) * targets.to(outputs.dtype).movedim(axis, -1) + smooth / classes
-            return (q * weights).movedim(-1, axis)
-        kept = (targets != self.ignore_index).unsqueeze(-1)
-        chosen = targets.unsqueeze(-1).where(kept, 0).long()
-        q = (smooth / classes * weights).expand(*targets.shape, classes) * kept
-        q = q.scatter_add(-1, chosen, (1 - smooth) * weights[chosen] * kept)
-        return q.movedim(-1, axis)
+    def _weights(self, outputs: Tensor, classes: int) -> Tensor:
+        return outputs.new_ones(classes) if self.class_weights is None else outputs.new_tensor(self.class_weights)
 
     def _mass(self, outputs: Tensor, targets: Tensor, axis: int) -> Tensor:
         """The mass m of every term's weighted and smoothed target distribution, without the class axis."""
         classes = outputs.shape[axis]
-        weights = self._weights(outputs)
-        ones = outputs.new_ones(classes) if weights is None else weights
+        weights = self._weights(outputs, classes)
         if targets.is_floating_point():
-            mass = (targets.to(outputs.dtype).movedim(axis, -1) * ones).sum(-1)
+            mass = (targets.to(outputs.dtype).movedim(axis, -1) * weights).sum(-1)
         else:
             kept = targets != self.ignore_index
-            mass = ones[targets.where(kept, 0).long()] * kept
+            mass = weights[targets.where(kept, 0).long()] * kept
         smooth = self.label_smoothing
-        floor = smooth / classes * ones.sum()
+        floor = smooth / classes * weights.sum()
         return (1 - smooth) * mass + (floor if targets.is_floating_point() else floor * kept)
 
 
