@@ -529,7 +529,7 @@ def test_large_outputs_are_computed_in_chunks(monkeypatch, shape, kind):
     assert set(calls) == {1}
 
 
-def test_the_graph_of_a_gradient_holds_the_outputs_of_a_vocabulary_and_their_residual_alone():
+def test_the_graph_of_a_gradient_holds_nothing_of_the_size_of_a_vocabulary_but_the_outputs():
     head, x, y = nn.Linear(4, 5000), torch.randn(20, 4), torch.randint(0, 5000, (20,))
     held = {}
 
@@ -540,4 +540,4 @@ def test_the_graph_of_a_gradient_holds_the_outputs_of_a_vocabulary_and_their_res
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         total = cv.CrossEntropy().total(head(x), y)
         gradients = torch.autograd.grad(total, list(head.parameters()), create_graph=True)
-    assert len(gradients) == 2 and sum(held.values()) < 2.5 * 20 * 5000 * 4 + 5000 * 4 * 4
+    assert len(gradients) == 2 and sum(held.values()) < 1.1 * 20 * 5000 * 4  # torch's own: twice that
