@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -173,8 +172,10 @@ def _cut(task: Task) -> dict[str, int]:
 
 
 def _select(task: Task) -> Callable[[str, Any], bool]:
-    wanted, unwanted = task.params or ("*",), task.exclude
-    return lambda name, _: any(fnmatchcase(name, g) for g in wanted) and not any(fnmatchcase(name, g) for g in unwanted)
+    from curvature.objective.params import predicate
+
+    wanted, unwanted = predicate(task.params or None), predicate(task.exclude)
+    return lambda name, p: wanted(name, p) and not unwanted(name, p)
 
 
 def _called(spec: str, arguments: tuple[str, ...] = ()) -> Any:

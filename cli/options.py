@@ -51,9 +51,9 @@ class Task:
     max_examples: Annotated[int | None, Parameter(validator=Number(gte=1))] = None
     "Use only so many examples from the front of the data."
     params: Many = ()
-    "Only trainable parameters whose name matches this glob; may be repeated."
+    "Only trainable parameters whose name, or that of a layer around them, matches this glob; may be repeated."
     exclude: Many = ()
-    "Not those whose name matches this glob; may be repeated."
+    "Not those that match this glob; may be repeated."
     operator: Literal[
         "hessian", "ggn", "fisher", "empirical-fisher", "gradient-covariance", "ggn-diagonal", "kfac", "ekfac"
     ] = "hessian"

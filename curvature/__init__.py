@@ -38,6 +38,7 @@ from curvature.objective.losses.regression import GaussianNLL as GaussianNLL
 from curvature.objective.losses.regression import SquaredError as SquaredError
 from curvature.objective.objective import Objective as Objective
 from curvature.objective.params import ParamSpace as ParamSpace
+from curvature.operators.blockwise import blockwise as blockwise
 from curvature.operators.gauss_newton import empirical_fisher as empirical_fisher
 from curvature.operators.gauss_newton import fisher as fisher
 from curvature.operators.gauss_newton import ggn as ggn

@@ -142,7 +142,8 @@ class BlockDiagonal(LinearOperator):
                 f"The blocks of a {space.size} x {space.size} matrix have {sum(sizes.values())} coordinates"
                 + (f", and {wrong[0]} is {blocks[wrong[0]].shape} for {sizes[wrong[0]]} of them." if wrong else ".")
             )
-        self.blocks, self.places = dict(blocks), dict(places)
+        self.blocks = dict(blocks)
+        self.places = {name: _as_slice(places[name]) for name in blocks}
         self.domain = self.codomain = space
         self.symmetric = all(block.symmetric for block in blocks.values())
         self.psd = all(block.psd for block in blocks.values())
@@ -186,6 +187,14 @@ def _decomposed(factor: Tensor, *, psd: bool) -> tuple[Tensor, Tensor | None]:
 
 def _count(place: slice | Tensor, size: int) -> int:
     return len(range(*place.indices(size))) if isinstance(place, slice) else len(place)
+
+
+def _as_slice(place: slice | Tensor) -> slice | Tensor:
+    """A slice where the indices are those of one: it takes views instead of copies."""
+    if isinstance(place, slice) or len(place) == 0:
+        return place
+    start, stop = int(place[0]), int(place[0]) + len(place)
+    return slice(start, stop) if torch.equal(place, torch.arange(start, stop, device=place.device)) else place
 
 
 def _looks_symmetric(matrix: Tensor) -> bool:

@@ -8,9 +8,9 @@ ten gradients, this finds them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,10 @@ class Health:
     unused: tuple[str, ...] = ()
     difference: float | None = None
     example_bytes: float = 0.0
+
+    def narrowed(self, names: Container[str]) -> Health:
+        """The same of the parameters of these names alone."""
+        return replace(self, unused=tuple(name for name in self.unused if name in names))
 
 
 def examine(objective: Objective) -> Health:

@@ -73,9 +73,9 @@ class Objective:
         examples (it has a Hessian only). `data` is a DataLoader, a list of batches, or a tuple (inputs, targets) of
         tensors, read `batch_size` examples at a time (256; None is for models that couple examples). A batch is
         (inputs, targets), or a dict whose "labels" (or "targets") are compared and whose rest are keywords of the
-        model. `select` names parameters by globs or a predicate; all trainable ones by default. `dtype` is that of the
-        computation: by default that of the parameters, float32 for half precision. `l2` is the weight decay that the
-        selected parameters were trained with. Raises BadObjective, before anything is computed.
+        model. `select` names parameters or layers by globs, or is a predicate; all trainable ones by default. `dtype`
+        is that of the computation: by default that of the parameters, float32 for half precision. `l2` is the weight
+        decay that the selected parameters were trained with. Raises BadObjective, before anything is computed.
         """
         function = OutputLoss(_unwrapped(module), as_loss(loss))
         return cls._make(function, Batches.of(data, batch_size=batch_size), select, mode, dtype, seed, l2)
@@ -218,7 +218,9 @@ class Objective:
         if not kept:
             raise nothing_selected(select, list(self.params))
         rest = {name: p for name, p in self.params.items() if name not in kept}
-        return replace(self, params=kept, frozen={**self.frozen, **rest}, _health=[])
+        health = [h.narrowed(kept) for h in self._health]  # second derivatives of a part are right if those of all are
+        known = [h for h in health if len(h.unused) < len(kept)]
+        return replace(self, params=kept, frozen={**self.frozen, **rest}, _health=known)
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Objective:
         """The same function, computed in another dtype or on another device."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float
@@ -50,7 +51,7 @@ class ParamSpace(Space):
 
 
 def chosen(module: nn.Module, select: Select | None) -> dict[str, nn.Parameter]:
-    """The trainable parameters of `module` that `select` names: a glob, several, or a predicate (None: all).
+    """The trainable parameters of `module` that `select` names: globs of parameters or layers, or a predicate.
 
     Raises BadObjective when that leaves none.
     """
@@ -76,8 +77,13 @@ def nothing_selected(select: Select | None, names: list[str]) -> BadObjective:
 
 
 def predicate(select: Select | None) -> Callable[[str, nn.Parameter], bool]:
-    """Whether a parameter is chosen, by its name and itself."""
+    """Whether a parameter is chosen, by its name and itself; a glob may also name a layer that it is somewhere in."""
     if callable(select):
         return select
     globs = ["*"] if select is None else [select] if isinstance(select, str) else list(select)
-    return lambda name, _: any(fnmatchcase(name, glob) for glob in globs)
+    return lambda name, _: any(fnmatchcase(path, glob) for path in _paths(name) for glob in globs)
+
+
+def _paths(name: str) -> list[str]:
+    """The name of a parameter and of the layers that it is in."""
+    return list(accumulate(name.split("."), "{}.{}".format))

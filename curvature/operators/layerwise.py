@@ -89,13 +89,11 @@ class Layerwise:
         by_layer = {layer.name: [s for key, s in average.items() if key[0] == layer.name] for layer in self.layers}
         return by_layer, {name: average[name, OTHERS] for name in self.others if (name, OTHERS) in average}
 
-    def place(self, of: Layer | str) -> slice | Tensor:
-        """Where the matrices of a layer, or the entries of a parameter, lie in flat vectors."""
+    def place(self, of: Layer | str) -> Tensor:
+        """The indices of the matrices of a layer, or of the entries of a parameter, in flat vectors."""
         space = self.objective.space
         index = space.named(torch.arange(space.size, device=space.device))
-        at = (index[of] if isinstance(of, str) else of.arranged(index)).reshape(-1)
-        run = torch.arange(int(at[0]), int(at[0]) + len(at), device=at.device)
-        return slice(int(at[0]), int(at[0]) + len(at)) if torch.equal(at, run) else at
+        return (index[of] if isinstance(of, str) else of.arranged(index)).reshape(-1)
 
     def assembled(
         self, blocks: Mapping[str, LinearOperator], squares: Mapping[str, Tensor], **options: Any
