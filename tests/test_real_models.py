@@ -292,3 +292,37 @@ def test_language_models_unmodified_agree_with_eager_attention(kind, dtype, chec
         assert low <= exact.sum() <= high
         density = cv.spectral_density(A, probes=4, steps=20)
         assert float(density.nodes[-1]) == pytest.approx(float(exact[-1]), abs=tolerance * size)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize(
+    "kind, apart", [("GPT-2", ["transformer.wpe.weight", "transformer.wte.weight"]), ("Llama", [])]
+)
+def test_every_parameter_of_a_transformer_block_has_kronecker_factors(kind, apart, checkpointing):
+    """And with the same samples all traces agree: of EKFAC, of the diagonal, of the Fisher matrix of whole examples."""
+    need("transformers")
+    torch.manual_seed(0)
+    model = tiny(kind).double().eval()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        for part in model.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.0
+    ids = torch.randint(0, 13, (4, 6))
+    labels = torch.randint(0, 13, (4, 6))
+    labels[1, 3:] = -100
+    batches = [{"input_ids": ids[:3], "labels": labels[:3]}, {"input_ids": ids[3:], "labels": labels[3:]}]
+    mode = "train" if checkpointing else "eval"
+    objective = cv.Objective.of(model, cv.CrossEntropy(axis=-1), batches, mode=mode)
+    A = cv.ekfac(objective, samples=3)
+    assert sorted(A.source["diagonal"]) == apart
+    of_layers = [block for name, block in A.blocks.items() if name not in apart]
+    assert all(isinstance(block, cv.Kronecker | cv.Spectral) for block in of_layers)
+    assert sum(block.shape[0] for block in of_layers) == objective.space.size - sum(
+        objective.params[name].numel() for name in apart
+    )
+    diagonal = cv.ggn_diagonal(objective, fisher="sampled", samples=3)
+    tolerance = 1e-4 if kind == "Llama" else 1e-10  # whose norms are computed in float32 whatever they are given
+    assert float(cv.trace(A).value) == pytest.approx(float(diagonal.entries.sum()), rel=tolerance)
+    exact = cv.ggn_diagonal(objective)
+    torch.testing.assert_close(exact.entries, cv.ggn(objective).dense().diagonal(), rtol=tolerance, atol=tolerance)
