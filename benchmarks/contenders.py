@@ -158,7 +158,8 @@ def _listed(module: nn.Module, matvec: Callable[[list[Tensor]], Any]) -> Operato
 
 
 def _one_by_one(matvec: Callable[[Tensor], Tensor]) -> Operator:
-    return Operator(_attending(lambda rows: [matvec(row) for row in rows]), give=torch.stack)
+    # detached, as some hold on to the graph that made them: gigabytes
+    return Operator(_attending(lambda rows: [matvec(row).detach() for row in rows]), give=torch.stack)
 
 
 def _attending(product: Callable[[Any], Any]) -> Callable[[Any], Any]:

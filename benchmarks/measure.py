@@ -60,11 +60,11 @@ class Flops(TorchDispatchMode):
         return result
 
 
-def flops(call: Callable[[], Any]) -> int:
-    """Those of a call."""
+def flops(call: Callable[[], Any]) -> tuple[Any, int]:
+    """What a call returns, and those that it took."""
     with Flops() as counter:
-        call()
-    return counter.total
+        result = call()
+    return result, counter.total
 
 
 def peak_since(device: torch.device) -> Callable[[], float]:

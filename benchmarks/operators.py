@@ -4,8 +4,8 @@
 
 Writes benchmarks/results/operators_DEVICE.json, and prints its table. Every time is over that of a gradient of the same
 data: in each round each contender does one product in random order, before each of which a gradient is computed, and
-what is shown are medians over rounds of a contender's time over the median gradient of its round. One thread is timed
-by its processor time. Columns, all for one vector of the k:
+what is shown are medians over rounds (half as many for the largest k) of a contender's time over the median gradient of
+its round. One thread is timed by its processor time. Columns, all for one vector of the k:
 
     gradients   time of a product over that of a gradient, and the range over rounds
     of auto     that time over the one of the engine "auto" in the same round: above 1 where we are faster
@@ -39,6 +39,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import import_module
+from itertools import groupby, product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -148,7 +149,7 @@ def cell(
         return gradient(problem, loader)
 
     with sdpa_kernel(SDPBackend.MATH):  # torch cannot count those of the CPU's fused attention
-        unit_flops = flops(unit)
+        unit_flops = flops(unit)[1]
     for name, operator in built.items():
         row = rows[name]
         if isinstance(operator, str):
@@ -157,10 +158,10 @@ def cell(
         call = partial(operator.operator.product, operator.operator.take(vectors))
         before = operator.loader.passes
         try:
-            products = operator.operator.give(call())
+            products, count = flops(call)
             row.passes = [*operator.passes, operator.loader.passes - before]
-            row.error = float((products - truth[:k]).norm() / truth[:k].norm())
-            row.flops = flops(call) / unit_flops / k
+            error = operator.operator.give(products) - truth[:k]
+            row.error, row.flops = float(error.norm() / truth[:k].norm()), count / unit_flops / k
         except Exception as error:
             row.note = failure(error)
             continue
@@ -168,7 +169,7 @@ def cell(
         work[name] = call
     clock(unit)
     units = []
-    for number in range(rounds):
+    for number in range(rounds if k < max(BLOCKS) else (rounds + 1) // 2):
         units.append(one_round(work, unit, rows, k, clock, seed=number))
     for name in work:
         rows[name].seconds = median(units)
@@ -201,9 +202,10 @@ def one_round(
     return headline
 
 
-def memory(name: str, problem: str, data: str, matrix: str, k: int, options: list[str]) -> float | None:
-    """MiB that a product takes in a process of its own; None where it does not run."""
-    command = [sys.executable, __file__, "--one", name, problem, data, matrix, str(k), *options]
+def memory(row: Row, options: list[str]) -> float | None:
+    """MiB that its product takes in a process of its own; None where it does not run."""
+    case = [row.contender, row.problem, row.data, row.matrix, str(row.k)]
+    command = [sys.executable, __file__, "--one", *case, *options]
     returning = {
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "65536",
@@ -295,22 +297,29 @@ def main() -> None:
         return
     out = args.out or RESULTS / f"operators_{device.type}.json"
     console, rows = Console(width=150), []
-    for name in args.problems.split(","):
+
+    def write() -> None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        report = {"machine": machine(device), "size": size, "rounds": args.rounds}
+        out.write_text(json.dumps({**report, "rows": [summary(row) for row in rows]}, indent=1) + "\n")
+
+    for matrix, name in product(args.matrices.split(","), args.problems.split(",")):
         problem = problem_of(name, size, device)
-        for matrix in args.matrices.split(","):
-            truth = reference(problem, matrix, problem.rows(max(BLOCKS)))
-            for data in DATA:
-                built = all_built(problem, data, matrix, Clock(device))
-                found = [r for k in BLOCKS for r in cell(problem, (name, data, matrix, k), built, truth, args.rounds)]
-                del built
-                for row in found:
-                    if args.memory and row.gradients and row.k in (min(BLOCKS), max(BLOCKS)):
-                        row.mebibytes = memory(row.contender, name, data, matrix, row.k, options)
-                console.print(table(found))
-                rows += found
-                report = {"machine": machine(device), "size": size, "rounds": args.rounds}
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps({**report, "rows": [summary(row) for row in rows]}, indent=1) + "\n")
+        truth = reference(problem, matrix, problem.rows(max(BLOCKS)))
+        for data in DATA:
+            built = all_built(problem, data, matrix, Clock(device))
+            found = [r for k in BLOCKS for r in cell(problem, (name, data, matrix, k), built, truth, args.rounds)]
+            del built
+            console.print(table(found))
+            rows += found
+            write()
+    if args.memory:
+        for row in rows:
+            if row.gradients and row.k in (min(BLOCKS), max(BLOCKS)):
+                row.mebibytes = memory(row, options)
+                write()
+        for _, group in groupby(rows, key=lambda row: (row.matrix, row.problem, row.data)):
+            console.print(table(list(group)))
 
 
 if __name__ == "__main__":
