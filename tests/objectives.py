@@ -15,7 +15,10 @@ import curvature as cv
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a loss and data; `mean_loss(outputs, targets)` is what torch computes over all data at once."""
+    """A model, a loss and data; `mean_loss(outputs, targets)` is what torch computes over all data at once.
+
+    Flat vectors hold the trainable parameters.
+    """
 
     name: str
     module: nn.Module
@@ -37,14 +40,18 @@ class Case:
     def outputs(self, flat: Tensor) -> Tensor:
         """The model's outputs at the flat parameter vector."""
         params, start = {}, 0
-        for name, p in self.module.named_parameters():
+        for name, p in self.trainable.items():
             params[name] = flat[start : start + p.numel()].view(p.shape)
             start += p.numel()
         return torch.func.functional_call(self.module, params, (self.inputs,))
 
     @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    @property
     def flat(self) -> Tensor:
-        return nn.utils.parameters_to_vector(self.module.parameters()).detach()
+        return nn.utils.parameters_to_vector(self.trainable.values()).detach()
 
     def dense_hessian(self) -> Tensor:
         return torch.autograd.functional.hessian(self.value, self.flat)
@@ -79,6 +86,7 @@ def zoo() -> list[Case]:
         binary,
         counts,
         distillation,
+        frozen,
     ]
     cases = []
     for maker in makers:
@@ -206,6 +214,15 @@ def distillation() -> Case:
     return Case(
         "distillation", _mlp(3, 3, 4), "kl", lambda o, t: F.kl_div(o.log_softmax(-1), t, reduction="batchmean"), x, y
     )
+
+
+def frozen() -> Case:
+    """Parameters that are held fixed, before and between those that are not."""
+    module = _mlp(3, 4, 3)
+    for p in (module[0].weight, module[2].weight):
+        p.requires_grad_(False)
+    x, y = torch.randn(8, 3).double(), torch.randint(0, 3, (8,))
+    return Case("frozen", module, "cross-entropy", F.cross_entropy, x, y)
 
 
 def convolution() -> Case:
