@@ -16,16 +16,17 @@ from torch import Tensor
 
 from curvature.linalg.operator import LinearOperator
 from curvature.linalg.structured import BlockDiagonal, Diagonal
-from curvature.objective.batches import examples, leading, moved
+from curvature.objective.batches import examples, leading, moved, shortened
 from curvature.objective.layers import Call, layer_tape
 from curvature.objective.objective import Objective
 from curvature.objective.passes import Passes, Sums
 from curvature.operators.engine import need_objective, source_of
-from curvature.operators.layers import Inputs, Layer, recognised
+from curvature.operators.layers import Inputs, Layer, NotByExample, recognised
 from curvature.operators.residuals import Apart, FisherKind, Residuals, Signed, likelihood, residuals_of
 
 AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-8}  # of gradients by layer with those of the parameters
 ONCE, EACH, OTHERS = "once", "each", "others"  # kinds of sums, beside the name that they are for
+EXAMPLES = 3  # of the first batch, that layers are surveyed with
 ALTERED = "it is used outside its layer, or changed by it"
 MIXED = "its layer mixes examples"
 
@@ -77,13 +78,14 @@ class Layerwise:
                 sums += _named(layer.name, ONCE, once(layer, inputs[layer.name]))
             if self.residuals is None:
                 return sums
-            residuals = list(self.residuals(index, outputs.detach(), targets))
-            for residual in residuals:
+            residuals = self.residuals(index, outputs.detach(), targets)
+            alone = list(residuals) if others and self.others else []
+            for residual in alone or residuals:
                 grads = _backward(outputs, calls, residual)
                 for layer in self.layers:
                     cotangents = layer.cotangents(grads[layer.name], len(outputs))
                     sums += _named(layer.name, EACH, each(layer, inputs[layer.name], cotangents))
-            return sums + self._squares(leaves, batch, outputs, residuals) if others and self.others else sums
+            return sums + self._squares(leaves, batch, outputs, alone) if alone else sums
 
         average = Passes(self.objective, lambda index, batch: (index, batch)).average(term)
         by_layer = {layer.name: [s for key, s in average.items() if key[0] == layer.name] for layer in self.layers}
@@ -135,16 +137,14 @@ class Layerwise:
 
 
 def _survey(objective: Objective) -> tuple[list[Layer], dict[str, str], bool]:
-    """The layers whose parameters can be followed, told by running the first batch; why the others cannot; and whether
-    the model takes examples one by one."""
+    """The layers whose parameters can be followed, told by running the first examples; why the others cannot; and
+    whether the model takes examples one by one."""
     found, others = _candidates(objective)
     (batch,) = islice(objective.batches, 1)
     batch = moved(batch, objective.space.device, objective.space.dtype)
-    tolerance = AGREEMENT[objective.space.dtype]
     with objective.context(), objective.randomness():
         leaves = objective.leaves()
-        with _tape(found) as calls:
-            outputs, _ = objective.outputs(leaves, batch)
+        outputs, calls, batch = _run(objective, leaves, found, batch)
         random = torch.Generator().manual_seed(objective.seed)
         cotangent = torch.randn(outputs.shape, generator=random, dtype=torch.float64).to(outputs)
         first = torch.zeros_like(cotangent)
@@ -157,12 +157,27 @@ def _survey(objective: Objective) -> tuple[list[Layer], dict[str, str], bool]:
         layers = []
         for layer in found:
             parts = calls[layer.name], together[layer.name], alone[layer.name]
-            reason = _objection(layer, *parts, grads, examples=len(outputs), tolerance=tolerance)
+            reason = _objection(layer, *parts, grads, examples=len(outputs), tolerance=AGREEMENT[objective.space.dtype])
             if reason is None or (reason is MIXED and objective.mode == "train"):  # as batch statistics do
                 layers.append(layer)
             else:
                 others |= dict.fromkeys(layer.params, reason)
         return layers, others, bool(others) and _separable(objective, leaves, batch, outputs)
+
+
+def _run(
+    objective: Objective, leaves: dict[str, Tensor], layers: Sequence[Layer], batch: Any
+) -> tuple[Tensor, dict[str, list[Call]], Any]:
+    """Outputs and calls of a few examples, where the model takes them without the rest of the batch; and them."""
+    few = shortened(batch, EXAMPLES)
+    try:
+        with _tape(layers) as calls:
+            return objective.outputs(leaves, few)[0], calls, few
+    except Exception:  # models can raise anything about shapes they do not expect
+        if few is batch:
+            raise
+        with _tape(layers) as calls:
+            return objective.outputs(leaves, batch)[0], calls, batch
 
 
 def _candidates(objective: Objective) -> tuple[list[Layer], dict[str, str]]:
@@ -206,9 +221,10 @@ def _objection(
     """
     if not calls:
         return "its layer is never called"
-    if any(length % examples for length in layer.lengths(calls, together)):
+    try:
+        inputs, cotangents = layer.inputs(calls, examples), layer.cotangents(together, examples)
+    except NotByExample:
         return "its layer is not called for each example"
-    inputs, cotangents = layer.inputs(calls, examples), layer.cotangents(together, examples)
     expected = layer.arranged(grads)
     if inputs.values.shape[:2] != cotangents.shape[:2]:
         return ALTERED

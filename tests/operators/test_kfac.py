@@ -339,7 +339,7 @@ class Crossed(nn.Module):
 
 
 def test_layers_that_see_other_axes_first_are_found_out():
-    objective = of(Crossed().double(), torch.randn(4, 4, 3).double())
+    objective = of(Crossed().double(), torch.randn(4, 6, 3).double())
     A = cv.ekfac(objective, fisher="type-2")
     assert set(A.source["diagonal"].values()) == {"its layer mixes examples"}
     torch.testing.assert_close(

@@ -46,25 +46,20 @@ class Layer:
         """The names of its selected parameters."""
         return tuple(name for name in (self.weight, self.bias) if name is not None)
 
-    def lengths(self, calls: Sequence[Call], gradients: Sequence[Tensor]) -> set[int]:
-        """The lengths of the first axes of what went in and what came back."""
-        inputs = {len(self.kind.inputs(self.module, call.input).values) for call in calls}
-        return inputs | {len(self.kind.outputs(self.module, gradient)) for gradient in gradients}
-
     def inputs(self, calls: Sequence[Call], examples: int) -> Inputs:
         """What went in, in all its calls."""
         parts = [self.kind.inputs(self.module, call.input) for call in calls]
-        values = torch.cat([_by_example(part.values, examples) for part in parts], dim=1)
+        values = _joined([_by_example(part.values, examples) for part in parts])
         if isinstance(parts[0], Indices):
             return Indices(values, parts[0].size)
         if self.weight is None:
             values = values[..., :0]
-        return Rows(values) if self.bias is None else Rows(values).with_ones()
+        return Rows(values, ones=self.bias is not None)
 
     def cotangents(self, gradients: Sequence[Tensor], examples: int) -> Float[Tensor, "n r g o"]:
         """The gradients of the outputs of all its calls."""
         parts = [self.kind.outputs(self.module, gradient) for gradient in gradients]
-        return torch.cat([_by_example(part, examples) for part in parts], dim=1)
+        return _joined([_by_example(part, examples) for part in parts])
 
     def arranged(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, "g o i"]:
         """Tensors shaped like its parameters as the matrices that act on the inputs, the bias their last column."""
@@ -88,6 +83,17 @@ def recognised(module: nn.Module) -> Kind | None:
     return None
 
 
+class NotByExample(ValueError):
+    """What goes through a layer does not fall into as many examples as the outputs."""
+
+
 def _by_example(values: Tensor, examples: int) -> Tensor:
     """(k examples, positions, ...) -> (examples, k positions, ...): layers may see several entries of each example."""
+    if len(values) % examples:
+        raise NotByExample(f"A layer is called with {len(values)} entries for {examples} examples.")
     return values.reshape(examples, -1, *values.shape[2:])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The positions of all calls, one after another."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch.nn.functional as F
@@ -12,15 +13,18 @@ from curvature.operators.layers.positions import Rows
 
 
 def _inputs(module: Any, input: Tensor) -> Rows:
-    """The patches, with as many groups as the convolution has."""
+    """The patches, a vector for each of the convolution's groups: by place in the kernel, then by channel.
+
+    Channels last: patches are then copied in runs of channels, ten times as fast as number by number.
+    """
     axes = len(module.kernel_size)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    padded = F.pad(batched(input, axes + 2), _padding(module), mode=mode)
+    padded = F.pad(batched(input, axes + 2), _padding(module), mode=mode).movedim(1, -1).contiguous()
     for axis, (size, step, apart) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
-        padded = padded.unfold(2 + axis, apart * (size - 1) + 1, step)[..., ::apart]
-    patches = padded.unflatten(1, (module.groups, -1))  # (n, groups, channels, *locations, *kernel)
-    patches = patches.flatten(3, 2 + axes).movedim(3, 1)  # (n, positions, groups, channels, *kernel)
-    return Rows(patches.flatten(3))
+        padded = padded.unfold(1 + axis, apart * (size - 1) + 1, step)[..., ::apart]
+    places = math.prod(padded.shape[1 : 1 + axes])
+    patches = padded.unflatten(1 + axes, (module.groups, -1)).movedim(2 + axes, -1)  # (..., groups, *kernel, channels)
+    return Rows(patches.reshape(len(patches), places, module.groups, -1))
 
 
 def _padding(module: Any) -> list[int]:
@@ -31,12 +35,12 @@ def _padding(module: Any) -> list[int]:
 
 
 def _outputs(module: Any, gradient: Tensor) -> Tensor:
-    gradient = batched(gradient, len(module.kernel_size) + 2).flatten(2)
-    return gradient.unflatten(1, (module.groups, -1)).movedim(-1, 1)
+    gradient = batched(gradient, len(module.kernel_size) + 2).flatten(2).mT
+    return gradient.unflatten(2, (module.groups, -1))
 
 
 def _matrix(module: Any, weight: Tensor) -> Tensor:
-    return weight.reshape(module.groups, -1, weight[0].numel())
+    return weight.movedim(1, -1).reshape(module.groups, -1, weight[0].numel())
 
 
 CONV = Kind(_inputs, _outputs, _matrix)

@@ -18,26 +18,33 @@ PIECE = 1 << 24  # entries of per-example gradients formed at a time: 64 MiB in 
 
 @dataclass(frozen=True)
 class Rows:
-    """Vectors, one a group: (examples, positions, groups, in)."""
+    """Vectors, one a group: (examples, positions, groups, in); `ones` puts an entry 1 behind each, for a bias."""
 
     values: Float[Tensor, "n r g i"]
+    ones: bool = False
 
     @property
     def count(self) -> int:
         """Positions of all examples."""
         return self.values.shape[0] * self.values.shape[1]
 
-    def with_ones(self) -> Rows:
-        """The same with an entry 1 behind each vector, the input of a bias."""
-        return Rows(F.pad(self.values, (0, 1), value=1.0))
+    @property
+    def vectors(self) -> Float[Tensor, "n r g i"]:
+        """The values with their ones."""
+        return F.pad(self.values, (0, 1), value=1.0) if self.ones else self.values
 
     def second_moment(self) -> Float[Tensor, "g i i"]:
         """The sum of a a^T over examples and positions."""
-        return gram(self.values.flatten(0, 1))
+        values = self.values.flatten(0, 1)
+        if not self.ones:
+            return gram(values)
+        total = values.sum(0).unsqueeze(-1)  # with a border: patches of convolutions are large to copy
+        corner = total.new_full((len(total), 1, 1), len(values))
+        return torch.cat([torch.cat([gram(values), total], -1), torch.cat([total.mT, corner], -1)], -2)
 
     def reduced(self) -> Rows:
         """The mean over the positions of each example."""
-        return Rows(self.values.mean(1, keepdim=True))
+        return Rows(self.values.mean(1, keepdim=True), self.ones)
 
     def summed(self, cotangents: Float[Tensor, "n r g o"]) -> Float[Tensor, "n 1 g o"]:
         """What belongs to the reduced inputs: the sum over the positions of each example."""
@@ -45,15 +52,15 @@ class Rows:
 
     def gradient(self, cotangents: Float[Tensor, "n r g o"]) -> Float[Tensor, "g o i"]:
         """The sum over the gradients of all examples."""
-        return torch.einsum("nrgo,nrgi->goi", cotangents, self.values)
+        return torch.einsum("nrgo,nrgi->goi", cotangents, self.vectors)
 
     def whole(self, cotangents: Float[Tensor, "n r g o"]) -> Float[Tensor, "g oi oi"]:
         """The sum of G G^T over the gradients G of examples, a vector for each group: exact, for small groups."""
-        return gram(torch.einsum("nrgo,nrgi->ngoi", cotangents, self.values).flatten(2))
+        return gram(torch.einsum("nrgo,nrgi->ngoi", cotangents, self.vectors).flatten(2))
 
     def squares(self, cotangents: Float[Tensor, "n r g o"], V: Tensor | None) -> Float[Tensor, "g o i"]:
         """The sum of the squared entries of G V over the gradients G of examples."""
-        values = self.values if V is None else torch.einsum("nrgi,gij->nrgj", self.values, V)
+        values = self.vectors if V is None else torch.einsum("nrgi,gij->nrgj", self.vectors, V)
         if values.shape[1] == 1:
             return torch.einsum("ngo,ngi->goi", cotangents[:, 0].square(), values[:, 0].square())
         total = cotangents.new_zeros(*cotangents.shape[2:], values.shape[-1])
@@ -113,5 +120,7 @@ Inputs = Rows | Indices
 
 def gram(vectors: Float[Tensor, "n g d"]) -> Float[Tensor, "g d d"]:
     """The sum of x x^T in each group."""
+    if vectors.shape[1] == 1:
+        return (vectors[:, 0].T @ vectors[:, 0]).unsqueeze(0)
     stacked = vectors.transpose(0, 1)
     return stacked.mT @ stacked
