@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from curvature.linalg.memory import free_bytes
 from curvature.linalg.operator import LinearOperator
+from curvature.objective.batches import leading
 from curvature.objective.objective import Objective
 from curvature.objective.passes import Passes
 
@@ -30,7 +32,7 @@ Share = Callable[[Tensor], Tensor]  # rows (k, n) -> the products of each, summe
 
 SHARE = 0.25  # of the free memory that graphs may take by default
 PATIENCE = 64  # products with one graph until it is linearized: tracing takes as long as some 20 to 60 gradients
-CHUNK = 16  # vectors at once
+CHUNK = 16  # vectors at once, at most
 
 
 class Recipe(NamedTuple):
@@ -55,8 +57,12 @@ class ObjectiveOperator(LinearOperator):
     "recomputed": the same graph, built again in each pass: least memory. What "retained" is where memory is short.
     "linearized": the backward passes through the retained graph, traced into a plain program without autograd.
     "compiled": that program, compiled by torch.compile.
-    "forward": forward over reverse, many vectors at once, through `torch.func`.
+    "forward": forward over reverse through `torch.func`, as many vectors at once as fit into `memory`.
     "auto": retained; linearized after some products where that saves arithmetic, with convolutions.
+
+    All but "forward" send the vectors of a block through the graph one after another. Batched forms of the same
+    backward passes take the same arithmetic and several times the memory, and on CPUs were never faster
+    (benchmarks/operators.py).
     """
 
     symmetric = True
@@ -89,16 +95,18 @@ class ObjectiveOperator(LinearOperator):
         return {**source_of(self.name, self.objective), "l2": self.l2, "engine": self.engine}
 
     def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
-        health = self.objective.check()
+        example = self.objective.check().example_bytes
         if self._passes is None:
-            held = 0.0 if self.engine in ("recomputed", "forward") else health.example_bytes
+            held = 0.0 if self.engine in ("recomputed", "forward") else example
             budget = budget_of(self.memory, self.device)
-            self._passes = Passes(self.objective, self._share, budget=budget, example=held)
+            self._passes = Passes(self.objective, partial(self._share, budget, example), budget=budget, example=held)
         products = self._passes.average(lambda share: share(rows))
         return products + self.l2 * rows if self.l2 else products
 
-    def _share(self, index: int, batch: Any) -> Share:
-        return ENGINES[self.engine](self.recipe, self.objective, index, batch)
+    def _share(self, budget: float, example: float, index: int, batch: Any) -> Share:
+        graph = example * (leading(batch) or 1)  # the memory of one vector's backward pass, about
+        chunk = int(min(max(budget / graph, 1), CHUNK)) if graph else CHUNK
+        return ENGINES[self.engine](self.recipe, self.objective, index, batch, chunk)
 
 
 def need_objective(name: str, objective: object) -> None:
@@ -128,23 +136,23 @@ def source_of(name: str, objective: Objective) -> dict[str, Any]:
     }
 
 
-def _retained(recipe: Recipe, objective: Objective, index: int, batch: Any) -> Share:
+def _retained(recipe: Recipe, objective: Objective, index: int, batch: Any, chunk: int) -> Share:
     return _one_by_one(recipe.reverse(objective, index, batch))
 
 
-def _recomputed(recipe: Recipe, objective: Objective, index: int, batch: Any) -> Share:
+def _recomputed(recipe: Recipe, objective: Objective, index: int, batch: Any, chunk: int) -> Share:
     return lambda rows: _one_by_one(recipe.reverse(objective, index, batch))(rows)
 
 
-def _forward(recipe: Recipe, objective: Objective, index: int, batch: Any) -> Share:
-    return lambda rows: _together(recipe.forward(objective, index, batch), rows)
+def _forward(recipe: Recipe, objective: Objective, index: int, batch: Any, chunk: int) -> Share:
+    return lambda rows: _together(recipe.forward(objective, index, batch), rows, chunk)
 
 
-def _linearized(recipe: Recipe, objective: Objective, index: int, batch: Any) -> Share:
+def _linearized(recipe: Recipe, objective: Objective, index: int, batch: Any, chunk: int) -> Share:
     return _one_by_one(_traced(recipe.reverse(objective, index, batch), objective))
 
 
-def _compiled(recipe: Recipe, objective: Objective, index: int, batch: Any) -> Share:
+def _compiled(recipe: Recipe, objective: Objective, index: int, batch: Any, chunk: int) -> Share:
     compiled = torch.compile(_traced(recipe.reverse(objective, index, batch), objective))
 
     def linear(row: Tensor) -> Tensor:
@@ -154,7 +162,7 @@ def _compiled(recipe: Recipe, objective: Objective, index: int, batch: Any) -> S
     return _one_by_one(linear)
 
 
-def _auto(recipe: Recipe, objective: Objective, index: int, batch: Any) -> Share:
+def _auto(recipe: Recipe, objective: Objective, index: int, batch: Any, chunk: int) -> Share:
     """Retained, until there have been enough products that tracing pays: with convolutions."""
     linear = recipe.reverse(objective, index, batch)
     spare = recipe.spare and any(isinstance(m, nn.modules.conv._ConvNd) for m in objective.function.module.modules())
@@ -171,7 +179,7 @@ def _auto(recipe: Recipe, objective: Objective, index: int, batch: Any) -> Share
     return share
 
 
-ENGINES: dict[Engine, Callable[[Recipe, Objective, int, Any], Share]] = {
+ENGINES: dict[Engine, Callable[[Recipe, Objective, int, Any, int], Share]] = {
     "auto": _auto,
     "retained": _retained,
     "recomputed": _recomputed,
@@ -185,10 +193,10 @@ def _one_by_one(linear: Linear) -> Share:
     return lambda rows: torch.stack([linear(row) for row in rows])
 
 
-def _together(linear: Linear, rows: Tensor) -> Tensor:
+def _together(linear: Linear, rows: Tensor, chunk: int) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.script", category=DeprecationWarning)  # torch's own use
-        return torch.vmap(linear, randomness="same", chunk_size=CHUNK)(rows)
+        return torch.vmap(linear, randomness="same", chunk_size=chunk)(rows)
 
 
 def _traced(linear: Linear, objective: Objective) -> Linear:

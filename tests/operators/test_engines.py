@@ -148,3 +148,22 @@ def test_the_call_of_other_libraries_is_answered():
             TypeError, match=rf"{name} takes an Objective, but got a Linear. Write {name}\(Objective.of"
         ):
             make(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("memory, chunk", [(1e9, 16), (1.0, 1), (None, 3)])
+def test_forward_derivatives_take_as_many_vectors_at_once_as_fit_into_memory(monkeypatch, memory, chunk):
+    case = zoo()[1]
+    objective = case.objective()
+    if memory is None:  # what three vectors take
+        memory = 3.5 * objective.check().example_bytes * len(case.inputs)
+    chunks = []
+
+    def vmap(function, *, chunk_size, vmap=torch.vmap, **options):
+        chunks.append(chunk_size)
+        return vmap(function, chunk_size=chunk_size, **options)
+
+    monkeypatch.setattr(torch, "vmap", vmap)
+    A = cv.hessian(objective, engine="forward", memory=memory)
+    rows = A.domain.draw(7, seed=0)
+    torch.testing.assert_close(A.apply(rows), cv.hessian(objective).apply(rows), rtol=1e-10, atol=1e-12)
+    assert chunks == [chunk]
