@@ -100,8 +100,9 @@ class ObjectiveOperator(LinearOperator):
             held = 0.0 if self.engine in ("recomputed", "forward") else example
             budget = budget_of(self.memory, self.device)
             self._passes = Passes(self.objective, partial(self._share, budget, example), budget=budget, example=held)
-        products = self._passes.average(lambda share: share(rows))
-        return products + self.l2 * rows if self.l2 else products
+        products, terms = self._passes.total(lambda share: share(rows))
+        products.div_(terms)
+        return products.add_(rows, alpha=self.l2) if self.l2 else products
 
     def _share(self, budget: float, example: float, index: int, batch: Any) -> Share:
         graph = example * (leading(batch) or 1)  # the memory of one vector's backward pass, about
@@ -190,7 +191,8 @@ ENGINES: dict[Engine, Callable[[Recipe, Objective, int, Any, int], Share]] = {
 
 
 def _one_by_one(linear: Linear) -> Share:
-    return lambda rows: torch.stack([linear(row) for row in rows])
+    # for one vector a view, not a copy: where products are large, copies are what is left to save
+    return lambda rows: linear(rows[0]).unsqueeze(0) if len(rows) == 1 else torch.stack([linear(row) for row in rows])
 
 
 def _together(linear: Linear, rows: Tensor, chunk: int) -> Tensor:
