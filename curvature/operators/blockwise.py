@@ -53,9 +53,9 @@ def _groups(objective: Objective, by: By) -> dict[str, list[str]]:
         return {group: own for group, own in groups.items() if own}
     if by not in ("layer", "parameter"):
         raise ValueError(f"by is 'layer', 'parameter' or a mapping of groups, but got {by!r}.")
-    groups = {}
+    groups, root = {}, type(objective.function.module).__name__  # which has no name of its own
     for name in names:
-        groups.setdefault((name.rpartition(".")[0] or name) if by == "layer" else name, []).append(name)
+        groups.setdefault((name.rpartition(".")[0] or root) if by == "layer" else name, []).append(name)
     return groups
 
 

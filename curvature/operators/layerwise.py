@@ -6,7 +6,7 @@ go one example at a time, which is slow and always right.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any, Literal
@@ -140,8 +140,7 @@ def _survey(objective: Objective) -> tuple[list[Layer], dict[str, str], bool]:
     """The layers whose parameters can be followed, told by running the first examples; why the others cannot; and
     whether the model takes examples one by one."""
     found, others = _candidates(objective)
-    (batch,) = islice(objective.batches, 1)
-    batch = moved(batch, objective.space.device, objective.space.dtype)
+    batch = moved(_several(objective.batches), objective.space.device, objective.space.dtype)
     with objective.context(), objective.randomness():
         leaves = objective.leaves()
         outputs, calls, batch = _run(objective, leaves, found, batch)
@@ -158,11 +157,20 @@ def _survey(objective: Objective) -> tuple[list[Layer], dict[str, str], bool]:
         for layer in found:
             parts = calls[layer.name], together[layer.name], alone[layer.name]
             reason = _objection(layer, *parts, grads, examples=len(outputs), tolerance=AGREEMENT[objective.space.dtype])
-            if reason is None or (reason is MIXED and objective.mode == "train"):  # as batch statistics do
+            if reason is None or (reason == MIXED and objective.mode == "train"):  # as batch statistics do
                 layers.append(layer)
             else:
                 others |= dict.fromkeys(layer.params, reason)
         return layers, others, bool(others) and _separable(objective, leaves, batch, outputs)
+
+
+def _several(batches: Iterable[Any]) -> Any:
+    """The first batch of more than one example, which shows how layers keep examples apart; the last where none has."""
+    batch = None
+    for batch in batches:
+        if leading(batch) != 1:
+            break
+    return batch
 
 
 def _run(
@@ -200,7 +208,7 @@ def _candidates(objective: Objective) -> tuple[list[Layer], dict[str, str]]:
             else:
                 own[name] = full
         if own and kind is not None:
-            layers.append(Layer(path, part, kind, own.get("weight"), own.get("bias")))
+            layers.append(Layer(path or type(part).__name__, part, kind, own.get("weight"), own.get("bias")))
     return layers, others
 
 

@@ -27,7 +27,8 @@ def test_blocks_are_those_of_the_dense_matrix(case: Case, by):
     expected = torch.zeros_like(H)
     covered = []
     for name, block in A.blocks.items():
-        own = [n for n in objective.space.names if n == name or (by == "layer" and n.rpartition(".")[0] == name)]
+        root = type(case.module).__name__
+        own = [n for n in objective.space.names if name == (n if by == "parameter" else n.rpartition(".")[0] or root)]
         at = indices(objective, own)
         covered += own
         expected[at[:, None], at] = H[at[:, None], at]

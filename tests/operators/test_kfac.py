@@ -327,6 +327,31 @@ def test_parameters_without_factors_get_an_exact_diagonal_and_are_listed_with_th
     torch.testing.assert_close(cv.ggn_diagonal(objective).entries, G, rtol=1e-10, atol=1e-12)
 
 
+class Positioned(nn.Module):
+    """Positions are embedded once for all examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions, self.head = nn.Embedding(6, 3), nn.Embedding(4, 3), nn.Linear(3, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head((self.tokens(ids) + self.positions(torch.arange(4)[None])).tanh().mean(1))
+
+
+@pytest.mark.parametrize("sizes", [(5,), (1, 4), (1, 1, 3)])
+def test_a_first_batch_of_one_example_does_not_hide_what_is_shared_by_all(sizes):
+    objective = of(Positioned().double(), torch.randint(0, 6, (5, 4)), "cross-entropy", sizes=sizes)
+    assert cv.kfac(objective).source["diagonal"] == {"positions.weight": "its layer is not called for each example"}
+    torch.testing.assert_close(
+        cv.ggn_diagonal(objective).entries, cv.ggn(objective).dense().diagonal(), rtol=1e-10, atol=1e-12
+    )
+
+
+def test_a_model_that_is_one_layer_goes_by_its_class():
+    objective = of(nn.Linear(3, 2), torch.randn(4, 3))
+    assert list(cv.kfac(objective).blocks) == list(cv.blockwise(cv.ggn, objective).blocks) == ["Linear"]
+
+
 class Crossed(nn.Module):
     """The layer sees positions first: (positions, examples, features)."""
 
