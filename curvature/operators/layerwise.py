@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from itertools import islice
 from typing import Any, Literal
 
@@ -91,11 +92,13 @@ class Layerwise:
         by_layer = {layer.name: [s for key, s in average.items() if key[0] == layer.name] for layer in self.layers}
         return by_layer, {name: average[name, OTHERS] for name in self.others if (name, OTHERS) in average}
 
-    def place(self, of: Layer | str) -> Tensor:
-        """The indices of the matrices of a layer, or of the entries of a parameter, in flat vectors."""
+    @cached_property
+    def places(self) -> dict[str, Tensor]:
+        """The indices of the matrices of every layer, and of the entries of each of the others, in flat vectors."""
         space = self.objective.space
         index = space.named(torch.arange(space.size, device=space.device))
-        return (index[of] if isinstance(of, str) else of.arranged(index)).reshape(-1)
+        places = {layer.name: layer.arranged(index).reshape(-1) for layer in self.layers}
+        return places | {name: index[name].reshape(-1) for name in self.others}
 
     def assembled(
         self, blocks: Mapping[str, LinearOperator], squares: Mapping[str, Tensor], **options: Any
@@ -103,10 +106,8 @@ class Layerwise:
         """The blocks of the layers, and for each other parameter a diagonal: the identity without residuals."""
         params = self.objective.params
         rest = {name: Diagonal(squares.get(name, torch.ones_like(params[name])).reshape(-1)) for name in self.others}
-        places = {layer.name: self.place(layer) for layer in self.layers}
-        places |= {name: self.place(name) for name in self.others}
         source = {**self.source, **options, "diagonal": self.others}
-        return BlockDiagonal({**blocks, **rest}, places, self.objective.space, source=source)
+        return BlockDiagonal({**blocks, **rest}, self.places, self.objective.space, source=source)
 
     def _squares(self, leaves: dict[str, Tensor], batch: Any, outputs: Tensor, residuals: Sequence[Tensor]) -> Sums:
         """Squared gradients of examples in the parameters without a layer, summed over examples and residuals."""

@@ -31,7 +31,7 @@ def ggn_diagonal(objective: Objective, *, fisher: FisherKind = "type-2", samples
     space = objective.space
     entries = torch.empty(space.size, dtype=space.dtype, device=space.device)
     for layer in seen.layers:
-        entries[seen.place(layer)] = moments[layer.name][0].reshape(-1)
+        entries[seen.places[layer.name]] = moments[layer.name][0].reshape(-1)
     for name, square in squares.items():
-        entries[seen.place(name)] = square.reshape(-1)
+        entries[seen.places[name]] = square.reshape(-1)
     return Diagonal(entries, space=space, source=seen.source)
