@@ -96,6 +96,14 @@ class Batches:
         """The same batches up to so many examples, the last one cut."""
         return replace(self, source=_First(self, examples))
 
+    def of_several(self) -> Any:
+        """The first batch of more than one example, which shows how a model keeps examples apart; else the last."""
+        batch = None
+        for batch in self:
+            if leading(batch) != 1:
+                break
+        return batch
+
     @cached_property
     def digests(self) -> list[str]:
         """A hash of every batch: equal lists mean equal data in equal order."""

@@ -6,7 +6,7 @@ go one example at a time, which is slow and always right.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from itertools import islice
@@ -141,7 +141,7 @@ def _survey(objective: Objective) -> tuple[list[Layer], dict[str, str], bool]:
     """The layers whose parameters can be followed, told by running the first examples; why the others cannot; and
     whether the model takes examples one by one."""
     found, others = _candidates(objective)
-    batch = moved(_several(objective.batches), objective.space.device, objective.space.dtype)
+    batch = moved(objective.batches.of_several(), objective.space.device, objective.space.dtype)
     with objective.context(), objective.randomness():
         leaves = objective.leaves()
         outputs, calls, batch = _run(objective, leaves, found, batch)
@@ -163,15 +163,6 @@ def _survey(objective: Objective) -> tuple[list[Layer], dict[str, str], bool]:
             else:
                 others |= dict.fromkeys(layer.params, reason)
         return layers, others, bool(others) and _separable(objective, leaves, batch, outputs)
-
-
-def _several(batches: Iterable[Any]) -> Any:
-    """The first batch of more than one example, which shows how layers keep examples apart; the last where none has."""
-    batch = None
-    for batch in batches:
-        if leading(batch) != 1:
-            break
-    return batch
 
 
 def _run(
