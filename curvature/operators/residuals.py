@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import count, islice
 from typing import Any, Literal, Protocol
 
 import torch
@@ -76,29 +77,26 @@ class Sampled:
     def __init__(self, loss: Likelihood, name: str, samples: int, seed: int) -> None:
         if samples < 1:
             raise ValueError(f"A sampled {name} needs at least one sample, but got samples={samples}.")
-        self.loss, self.streams = loss, Streams(samples, seed)
+        self.loss, self.samples, self.streams = loss, samples, Streams(seed)
 
     def __call__(self, index: int, outputs: Tensor, targets: Any) -> Iterator[Tensor]:
-        streams = self.streams.at(index)
-        for stream in streams:
+        for stream in islice(self.streams.at(index), self.samples):
             uniform = partial(_uniform, stream, outputs.device)
-            yield self.loss.sample(outputs, targets, uniform) / len(streams) ** 0.5
+            yield self.loss.sample(outputs, targets, uniform) / self.samples**0.5
 
 
 class Signed:
-    """Other residuals with a random sign for each term, so that products of different terms average to zero.
-
-    Residuals of all terms are pulled back at once, and those of one example (its tokens) meet in the layers.
-    """
+    """Other residuals with random signs, own ones for each residual and term: products of different terms, all of which
+    are pulled back at once and meet in the layers, then average to zero."""
 
     def __init__(self, residuals: Residuals, loss: Likelihood, seed: int) -> None:
-        self.residuals, self.loss, self.streams = residuals, loss, Streams(1, seed)
+        self.residuals, self.loss, self.streams = residuals, loss, Streams(seed)
 
     def __call__(self, index: int, outputs: Tensor, targets: Any) -> Iterator[Tensor]:
-        (stream,) = self.streams.at(index)
-        drawn = _uniform(stream, outputs.device, _terms(self.loss, outputs, targets))
-        signs = (drawn < 0.5).to(outputs.dtype) * 2 - 1
-        return (signs * residual for residual in self.residuals(index, outputs, targets))
+        shape = _terms(self.loss, outputs, targets)
+        for residual, stream in zip(self.residuals(index, outputs, targets), self.streams.at(index), strict=False):
+            signs = (_uniform(stream, outputs.device, shape) < 0.5).to(outputs.dtype) * 2 - 1
+            yield signs * residual
 
 
 @dataclass(frozen=True)
@@ -118,19 +116,24 @@ class Apart:
 
 
 class Streams:
-    """Random number generators that run through the examples of a pass, and begin anew with each pass."""
+    """Random number generators, as many as are asked for, that run through the examples of a pass however they are
+    batched, and begin anew with each pass."""
 
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed = count, seed
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.seeds = torch.Generator()
         self.generators: list[torch.Generator] = []
 
-    def at(self, index: int) -> list[torch.Generator]:
+    def at(self, index: int) -> Iterator[torch.Generator]:
         """The generators, for the batch of that number."""
         if index == 0:
-            seeds = torch.Generator().manual_seed(self.seed)
-            draws = torch.randint(2**62, (self.count,), generator=seeds).tolist()
-            self.generators = [torch.Generator().manual_seed(draw) for draw in draws]
-        return self.generators
+            self.seeds.manual_seed(self.seed)
+            self.generators = []
+        for place in count():
+            if place == len(self.generators):
+                draw = int(torch.randint(2**62, (), generator=self.seeds))
+                self.generators.append(torch.Generator().manual_seed(draw))
+            yield self.generators[place]
 
 
 def _terms(loss: Likelihood, outputs: Tensor, targets: Any) -> tuple[int, ...]:
