@@ -142,6 +142,11 @@ class BlockDiagonal(LinearOperator):
                 f"The blocks of a {space.size} x {space.size} matrix have {sum(sizes.values())} coordinates"
                 + (f", and {wrong[0]} is {blocks[wrong[0]].shape} for {sizes[wrong[0]]} of them." if wrong else ".")
             )
+        covered = torch.zeros(space.size, dtype=torch.bool)
+        for place in places.values():
+            covered[place if isinstance(place, slice) else place.cpu()] = True
+        if not covered.all():
+            raise ValueError(f"Coordinate {int((~covered).nonzero()[0])} is in no block, and another in more than one.")
         self.blocks = dict(blocks)
         self.places = {name: _as_slice(places[name]) for name in blocks}
         self.domain = self.codomain = space

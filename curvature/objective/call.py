@@ -42,11 +42,30 @@ def call_with(
 
 def _call_eager(module: nn.Module, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     try:
-        return functional_call(module, tensors, args, kwargs, tie_weights=True)
+        return functional_call(module, _by_slot(module, tensors), args, kwargs, tie_weights=False)
     finally:
         for part in module.modules():
             if isinstance(part, nn.RNNBase):  # its _flat_weights would stay `tensors` until its next call
                 part._update_flat_weights()
+
+
+def _by_slot(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by one name for each place that a module keeps one, tied ones at all of theirs.
+
+    torch ties them by itself, but where a module is registered twice it then restores the wrong tensors.
+    """
+    every = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    given = {id(t): tensors[name] for name, t in every if name in tensors}
+    slots = {}
+    for path, part in module.named_modules():  # each once
+        if not isinstance(part, ScriptModule):
+            own = (
+                *part.named_parameters(recurse=False, remove_duplicate=False),
+                *part.named_buffers(recurse=False, remove_duplicate=False),
+            )
+            slots |= {f"{path}.{name}".lstrip("."): given[id(t)] for name, t in own if id(t) in given}
+    known = {name for name, _ in every}
+    return slots | {name: t for name, t in tensors.items() if name not in known}
 
 
 class _Slot(NamedTuple):

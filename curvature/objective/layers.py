@@ -28,7 +28,7 @@ class Call(NamedTuple):
 def layer_tape(modules: Mapping[str, tuple[nn.Module, Capture]]) -> Iterator[dict[str, list[Call]]]:
     """Yields the calls of each module, by name, that are made while the context lasts: none, one or several.
 
-    Calls without a tensor as first argument and as result, or outside the graph, are not seen.
+    Calls without a tensor as first argument and as result, outside the graph, or that `capture` fails on, are not seen.
     """
     calls: dict[str, list[Call]] = {name: [] for name in modules}
     with ExitStack() as hooks:
@@ -43,8 +43,11 @@ def _recorder(calls: list[Call], capture: Capture) -> Callable[..., Tensor | Non
         given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if given is None or not isinstance(output, Tensor) or not output.requires_grad:
             return None
-        with torch.no_grad():
-            kept = capture(module, given.detach())
+        try:
+            with torch.no_grad():
+                kept = capture(module, given.detach())
+        except Exception:  # a module that is called in another way than layers of its kind
+            return None
         if output._is_view():  # an operation in place on a view would take its edge out of the graph
             output = output.clone()
         calls.append(Call(kept, get_gradient_edge(output), output.shape))

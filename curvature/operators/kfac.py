@@ -14,7 +14,7 @@ from torch import Tensor
 from curvature.linalg.structured import BlockDiagonal, Kronecker, Spectral
 from curvature.objective.objective import Objective
 from curvature.operators.layers import Inputs, Layer, Rows, gram
-from curvature.operators.layerwise import Layerwise, Pulled
+from curvature.operators.layerwise import Layerwise
 from curvature.operators.residuals import FisherKind
 
 Sharing = Literal["expand", "reduce"]
@@ -23,7 +23,7 @@ Sharing = Literal["expand", "reduce"]
 def kfac(
     objective: Objective,
     *,
-    fisher: Pulled = "sampled",
+    fisher: FisherKind | Literal["input-only"] = "sampled",
     samples: int = 1,
     sharing: Sharing = "expand",
     seed: int = 0,
@@ -45,8 +45,9 @@ def kfac(
     Martens & Grosse 2015 (arXiv:1503.05671); Grosse & Martens 2016 (arXiv:1602.01407), convolutions; Eschenhagen et
     al. 2023 (arXiv:2311.00636), expand and reduce; Benzing 2022 (arXiv:2201.12250), input-only.
     """
-    seen = Layerwise("kfac", objective, fisher, samples=samples, seed=seed)
-    return seen.assembled(*_factors(seen, sharing), sharing=sharing)
+    pulled = None if fisher == "input-only" else fisher
+    seen = Layerwise("kfac", objective, pulled, samples=samples, seed=seed)
+    return seen.assembled(*_factors(seen, sharing), sharing=sharing, fisher=fisher)
 
 
 def ekfac(
@@ -95,7 +96,7 @@ def _factors(seen: Layerwise, sharing: Sharing) -> tuple[dict[str, Kronecker], d
     def each(layer: Layer, inputs: Inputs, cotangents: Tensor) -> list[Tensor]:
         if layer.kind.small and isinstance(inputs, Rows):
             return [inputs.whole(cotangents)]
-        cotangents = inputs.summed(cotangents) if reduce else cotangents
+        cotangents = inputs.summed(cotangents) if reduce else inputs.counted(cotangents)
         return [gram(cotangents.flatten(0, 1))]
 
     means, squares = seen.means(once, each)

@@ -6,11 +6,11 @@ go one example at a time, which is slow and always right.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +33,6 @@ MIXED = "its layer mixes examples"
 
 Once = Callable[[Layer, Inputs], Sequence[Tensor]]
 Each = Callable[[Layer, Inputs, Tensor], Sequence[Tensor]]
-Pulled = FisherKind | Literal["input-only"]
 
 
 class Layerwise:
@@ -44,18 +43,27 @@ class Layerwise:
     """
 
     def __init__(
-        self, name: str, objective: Objective, fisher: Pulled, *, samples: int = 1, seed: int = 0, apart: bool = False
+        self,
+        name: str,
+        objective: Objective,
+        fisher: FisherKind | None,
+        *,
+        samples: int = 1,
+        seed: int = 0,
+        apart: bool = False,
     ) -> None:
         need_objective(name, objective)
         self.objective = objective
         self.residuals: Residuals | None = None
-        if fisher != "input-only":
+        if fisher is not None:
             self.residuals = residuals_of(objective, name, fisher, samples=samples, seed=seed)
             loss = likelihood(objective, name)
             if fisher != "sampled":  # whose signs are random by themselves
                 self.residuals = Apart(self.residuals, loss) if apart else Signed(self.residuals, loss, seed)
         objective.check()
-        self.layers, self.others, self.separable = _survey(objective)
+        # batch statistics alone may couple examples in training: what is coupled in evaluation is so by the model
+        self.layers, self.others, separable = _survey(objective.in_mode("eval"))
+        self.separable = separable and objective.mode == "eval"
         options = {"fisher": fisher, "samples": samples, "seed": seed}
         self.source = {**source_of(name, objective), **options}
 
@@ -73,9 +81,10 @@ class Layerwise:
             leaves = self.objective.leaves()
             with _tape(self.layers) as calls:
                 outputs, targets = self.objective.outputs(leaves, batch)
-            inputs = {layer.name: layer.inputs(calls[layer.name], len(outputs)) for layer in self.layers}
+            layers = [layer for layer in self.layers if calls[layer.name]]  # others were not needed for this batch
+            inputs = {layer.name: layer.inputs(calls[layer.name], len(outputs)) for layer in layers}
             sums = Sums()
-            for layer in self.layers:
+            for layer in layers:
                 sums += _named(layer.name, ONCE, once(layer, inputs[layer.name]))
             if self.residuals is None:
                 return sums
@@ -83,7 +92,7 @@ class Layerwise:
             alone = list(residuals) if others and self.others else []
             for residual in alone or residuals:
                 grads = _backward(outputs, calls, residual)
-                for layer in self.layers:
+                for layer in layers:
                     cotangents = layer.cotangents(grads[layer.name], len(outputs))
                     sums += _named(layer.name, EACH, each(layer, inputs[layer.name], cotangents))
             return sums + self._squares(leaves, batch, outputs, alone) if alone else sums
@@ -158,7 +167,7 @@ def _survey(objective: Objective) -> tuple[list[Layer], dict[str, str], bool]:
         for layer in found:
             parts = calls[layer.name], together[layer.name], alone[layer.name]
             reason = _objection(layer, *parts, grads, examples=len(outputs), tolerance=AGREEMENT[objective.space.dtype])
-            if reason is None or (reason == MIXED and objective.mode == "train"):  # as batch statistics do
+            if reason is None:
                 layers.append(layer)
             else:
                 others |= dict.fromkeys(layer.params, reason)
@@ -216,23 +225,28 @@ def _objection(
 ) -> str | None:
     """Why the parameters of a layer cannot be followed through it; None where they can.
 
-    What the layer records must give the gradient of its parameters, which are used nowhere else then; and what comes
-    back when the loss is of the first example `alone` must belong to that example.
+    What the layer records must give the gradient of its parameters, which are used nowhere else then; and when the loss
+    is of the first example `alone`, that example and no other must have what comes back.
     """
     if not calls:
         return "its layer is never called"
     try:
         inputs, cotangents = layer.inputs(calls, examples), layer.cotangents(together, examples)
+        expected = layer.arranged(grads)
+        fits = inputs.values.shape[:2] == cotangents.shape[:2] and inputs.gradient(cotangents).shape == expected.shape
     except NotByExample:
         return "its layer is not called for each example"
-    expected = layer.arranged(grads)
-    if inputs.values.shape[:2] != cotangents.shape[:2]:
+    except Exception:  # a layer that is like its kind by name or class alone
+        return ALTERED
+    if not fits:
         return ALTERED
     error = torch.linalg.vector_norm(inputs.gradient(cotangents) - expected)
     if error > tolerance * torch.linalg.vector_norm(expected):
         return ALTERED
-    own, *rest = layer.cotangents(alone, examples).flatten(1).norm(dim=1).tolist()
-    return MIXED if any(size > tolerance * own for size in rest) else None
+    difference = layer.cotangents(alone, examples)
+    own = float(torch.linalg.vector_norm(cotangents[0]))
+    difference[0] -= cotangents[0]  # which is what the others send to the first example
+    return MIXED if float(difference.flatten(1).norm(dim=1).max()) > tolerance * own else None
 
 
 def _named(name: str, kind: str, tensors: Sequence[Tensor]) -> Sums:
@@ -258,13 +272,12 @@ def _backward(outputs: Tensor, calls: Mapping[str, Sequence[Call]], cotangent: T
 
 
 def _separable(objective: Objective, leaves: dict[str, Tensor], batch: Any, outputs: Tensor) -> bool:
-    """Whether the first example alone has the outputs that it has in the batch."""
-    if objective.mode == "train" or leading(batch) != len(outputs):
+    """Whether each of these examples alone has the outputs that it has in the batch."""
+    if leading(batch) != len(outputs):
         return False
-    (first,) = islice(examples(batch), 1)
     try:
-        alone, _ = objective.outputs(leaves, first)
-    except (RuntimeError, ValueError, IndexError):  # shapes of the batch that the model insists on
+        alone = torch.cat([objective.outputs(leaves, example)[0] for example in examples(batch)])
+    except Exception:  # models can raise anything about a batch they do not expect
         return False
-    tolerance = AGREEMENT[objective.space.dtype]
-    return alone.shape == outputs[:1].shape and torch.allclose(alone, outputs[:1], rtol=tolerance, atol=tolerance)
+    error = torch.linalg.vector_norm(alone - outputs) if alone.shape == outputs.shape else math.inf
+    return bool(error <= AGREEMENT[objective.space.dtype] * torch.linalg.vector_norm(outputs))

@@ -40,7 +40,8 @@ def residuals_of(objective: Objective, name: str, kind: FisherKind, *, samples: 
         case "empirical":
             return Observed(loss)
         case _:
-            raise ValueError(f"fisher is 'type-2', 'sampled' or 'empirical', but got {kind!r}.")
+            also = ", or 'input-only'" if name == "kfac" else ""
+            raise ValueError(f"fisher is 'type-2', 'sampled' or 'empirical'{also}, but got {kind!r}.")
 
 
 def likelihood(objective: Objective, name: str) -> Likelihood:
@@ -121,14 +122,15 @@ class Streams:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.seeds = torch.Generator()
+        self.seeds, self.last = torch.Generator(), math.inf
         self.generators: list[torch.Generator] = []
 
     def at(self, index: int) -> Iterator[torch.Generator]:
         """The generators, for the batch of that number."""
-        if index == 0:
+        if index <= self.last:  # a new pass; its first batches may have no terms, and not come here
             self.seeds.manual_seed(self.seed)
             self.generators = []
+        self.last = index
         for place in count():
             if place == len(self.generators):
                 draw = int(torch.randint(2**62, (), generator=self.seeds))

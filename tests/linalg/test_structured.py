@@ -147,6 +147,15 @@ def test_matrices_without_structure_are_refused_with_what_to_ask_instead():
             ValueError,
             "have 2 coordinates",
         ),
+        (
+            lambda: cv.BlockDiagonal(
+                {"a": cv.Diagonal(torch.ones(2)), "b": cv.Diagonal(torch.ones(1))},
+                {"a": slice(0, 2), "b": slice(1, 2)},
+                cv.Space(3),
+            ),
+            ValueError,
+            "Coordinate 2 is in no block",
+        ),
     ],
 )
 def test_what_does_not_fit_together_is_refused(make, error, words):

@@ -295,3 +295,26 @@ def test_calls_of_torchscript_warn_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         call_with(module, params, (torch.randn(5, 2, 3),))
+
+
+class Twice(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.second = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh())
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_a_layer_under_two_names_keeps_its_parameters(name):
+    module = Twice()
+    before = dict(module.named_parameters())
+    weight = torch.zeros(3, 3)
+    output = call_with(module, {f"{name}.weight": weight}, (torch.randn(2, 3),))
+    torch.testing.assert_close(output, module.first.bias.expand(2, 3))
+    after = dict(module.named_parameters())
+    assert all(after[name] is p and isinstance(p, nn.Parameter) for name, p in before.items())

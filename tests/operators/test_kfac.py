@@ -453,3 +453,120 @@ def test_losses_without_a_distribution_have_input_only_factors_alone():
     with pytest.raises(cv.BadObjective, match="no closed-form Hessian here, which kfac needs"):
         cv.kfac(objective)
     assert cv.trace(cv.kfac(objective, fisher="input-only")).value > 0
+
+
+class TimeMajor(nn.Module):
+    """Causal along the first axis: the first entry depends on no other, the others on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.layer(x).tanh() * self.scale).cumsum(0))
+
+
+def test_models_that_are_causal_along_their_first_axis_are_found_out():
+    objective = of(TimeMajor().double(), torch.randn(5, 3).double(), "cross-entropy")
+    assert cv.kfac(objective).source["diagonal"]["layer.weight"] == "its layer mixes examples"
+    torch.testing.assert_close(
+        cv.ggn_diagonal(objective).entries, cv.ggn(objective).dense().diagonal(), rtol=1e-10, atol=1e-12
+    )
+
+
+def test_positions_are_shared_by_all_examples_in_training_too():
+    objective = of(Positioned().double(), torch.randint(0, 6, (4, 4)), "cross-entropy", mode="train")
+    torch.testing.assert_close(
+        cv.ggn_diagonal(objective).entries, cv.ggn(objective).dense().diagonal(), rtol=1e-10, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "type-2", "empirical"])
+def test_batches_without_terms_have_no_part_wherever_they_come(fisher):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(6, 4), nn.LayerNorm(4), nn.Linear(4, 3)).double()
+    ids, labels = torch.randint(0, 6, (5, 4)), torch.randint(0, 3, (5, 4))
+    ignored = ids[:2], torch.full((2, 4), -100)
+    loss = cv.CrossEntropy(axis=-1)
+    expected = cv.kfac(cv.Objective.of(model, loss, [(ids, labels)]), fisher=fisher).dense()
+    for batches in ([ignored, (ids, labels)], [(ids, labels), ignored]):
+        found = cv.kfac(cv.Objective.of(model, loss, batches), fisher=fisher).dense()
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_padding_has_no_part_in_the_factors_of_an_embedding():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(6, 4, padding_idx=0), nn.Linear(4, 3)).double()
+    ids, labels = torch.randint(1, 6, (5, 3)), torch.randint(0, 3, (5, 3))
+    padded = F.pad(ids, (0, 4)), F.pad(labels, (0, 4), value=-100)
+    loss = cv.CrossEntropy(axis=-1)
+    plain, more = (
+        cv.kfac(cv.Objective.of(model, loss, [batch]), fisher="type-2").blocks["0"].dense()
+        for batch in ((ids, labels), padded)
+    )
+    torch.testing.assert_close(more, plain, rtol=1e-10, atol=1e-12)
+
+
+def test_buffers_of_parametrizations_are_not_touched():
+    torch.manual_seed(0)
+    spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5))
+    model = nn.Sequential(spectral, nn.Tanh(), nn.Linear(5, 3)).double()
+    objective = of(model, torch.randn(6, 4).double(), "cross-entropy")
+    with untouched(model):
+        A = cv.kfac(objective)
+    assert list(A.source["diagonal"]) == ["0.parametrizations.weight.original"]
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Channels first, as convolutional networks write it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class FanIn(nn.Linear):
+    """A weight (in, out)."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+        self.weight = nn.Parameter(torch.randn(3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class GatedRMSNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return F.rms_norm(x, (3,)) * self.weight * gate
+
+
+class Unlike(nn.Module):
+    """Layers that are like their kinds by name or class alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear, self.gated = LayerNorm2d(3), FanIn(), GatedRMSNorm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x).mean((2, 3))
+        return self.linear(self.gated(h, h.sigmoid()))
+
+
+def test_layers_that_are_unlike_their_kind_get_an_exact_diagonal():
+    objective = of(Unlike().double(), torch.randn(5, 3, 4, 2).double(), "cross-entropy")
+    A = cv.kfac(objective, fisher="type-2")
+    assert {name.rpartition(".")[0] for name in A.source["diagonal"]} >= {"norm", "gated"}
+    torch.testing.assert_close(
+        cv.ggn_diagonal(objective).entries, cv.ggn(objective).dense().diagonal(), rtol=1e-10, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("make", [cv.ekfac, cv.ggn_diagonal])
+def test_input_only_is_for_kfac_alone(make):
+    with pytest.raises(ValueError, match="fisher is 'type-2', 'sampled' or 'empirical', but got 'input-only'"):
+        make(of(nn.Linear(3, 2), torch.randn(4, 3)), fisher="input-only")

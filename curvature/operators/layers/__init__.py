@@ -67,8 +67,9 @@ class Layer:
         if self.weight is not None:
             parts.append(self.kind.matrix(self.module, tensors[self.weight]))
         if self.bias is not None:
-            groups = len(self.kind.matrix(self.module, self.module.weight))
-            parts.append(tensors[self.bias].reshape(groups, -1, 1))
+            bias = tensors[self.bias]
+            groups = bias.numel() if self.kind.small else getattr(self.module, "groups", 1)
+            parts.append(bias.reshape(groups, -1, 1))
         return torch.cat(parts, dim=-1)
 
 

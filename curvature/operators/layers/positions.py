@@ -46,6 +46,10 @@ class Rows:
         """The mean over the positions of each example."""
         return Rows(self.values.mean(1, keepdim=True), self.ones)
 
+    def counted(self, cotangents: Float[Tensor, "n r g o"]) -> Float[Tensor, "n r g o"]:
+        """Those of positions that count: all."""
+        return cotangents
+
     def summed(self, cotangents: Float[Tensor, "n r g o"]) -> Float[Tensor, "n 1 g o"]:
         """What belongs to the reduced inputs: the sum over the positions of each example."""
         return cotangents.sum(1, keepdim=True)
@@ -82,8 +86,8 @@ class Indices:
 
     @property
     def count(self) -> int:
-        """Positions of all examples."""
-        return self.values.numel()
+        """Positions of all examples that have an index."""
+        return int((self.values >= 0).sum())
 
     def second_moment(self) -> Float[Tensor, " size"]:
         """How often each index occurs: the diagonal of the sum of a a^T."""
@@ -94,9 +98,13 @@ class Indices:
         """The same: the second moment of means of unit vectors is not diagonal."""
         return self
 
+    def counted(self, cotangents: Float[Tensor, "n r 1 o"]) -> Float[Tensor, "n r 1 o"]:
+        """Those of positions that have an index, zero elsewhere: padding has no gradient."""
+        return cotangents * (self.values >= 0)[..., None, None]
+
     def summed(self, cotangents: Float[Tensor, "n r 1 o"]) -> Float[Tensor, "n r 1 o"]:
-        """The same."""
-        return cotangents
+        """The same, of positions that count."""
+        return self.counted(cotangents)
 
     def gradient(self, cotangents: Float[Tensor, "n r 1 o"]) -> Float[Tensor, "1 size o"]:
         """The sum over the gradients of all examples."""
