@@ -40,7 +40,9 @@ def kfac(
     `.blocks` are operators by name: Kronecker for Linear, Conv, Embedding (with a diagonal factor) and Hugging Face's
     Conv1D, the block itself for each channel of a normalisation, and for all other parameters its Diagonal;
     `.source["diagonal"]` lists these and says why. trace, logdet, eigenvalues, inverse and power of the result are
-    exact. The regulariser is not in it: give `objective.l2` as `damping`.
+    exact. The regulariser is not in it: give `objective.l2` as `damping`. An example is an entry of the first axis of
+    the outputs; that batch statistics couple examples in training mode is left out of account. "reduce" leaves
+    embeddings as they are, and "input-only" gives the identity to parameters without a layer.
 
     Martens & Grosse 2015 (arXiv:1503.05671); Grosse & Martens 2016 (arXiv:1602.01407), convolutions; Eschenhagen et
     al. 2023 (arXiv:2311.00636), expand and reduce; Benzing 2022 (arXiv:2201.12250), input-only.
@@ -61,7 +63,8 @@ def ekfac(
     """EKFAC: the eigenvectors of K-FAC, and for eigenvalues the true second moments along them, from two passes.
 
     Of all matrices with these eigenvectors it is the nearest to the blocks of the Fisher matrix (in Frobenius norm).
-    Arguments, blocks and what is exact are as in `kfac`.
+    Arguments, blocks and what is exact are as in `kfac`. Terms of one example (tokens) meet in its gradients, with
+    random signs: then "type-2" is an unbiased estimate too.
 
     George et al. 2018 (arXiv:1806.03884).
     """
