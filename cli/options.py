@@ -58,7 +58,7 @@ class Task:
         "hessian", "ggn", "fisher", "empirical-fisher", "gradient-covariance", "ggn-diagonal", "kfac", "ekfac"
     ] = "hessian"
     "Which matrix."
-    engine: Literal["auto", "retained", "recomputed", "linearized", "compiled", "forward"] = "auto"
+    engine: Literal["auto", "retained", "batched", "recomputed", "linearized", "compiled", "forward"] = "auto"
     "How products are computed: changes time and memory, and no number. recomputed takes least memory. Not for kfac."
     mode: Literal["eval", "train"] | None = None
     "Whether batch normalisation and dropout act as in evaluation (the default) or in training (fixed masks)."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -74,9 +73,9 @@ class Measurement:
         """What is needed to ask the same again."""
         return Origin(question=self.question, options=self.options, seed=self.seed, operator=self.described)
 
-    @cached_property
+    @property
     def described(self) -> dict[str, Any]:
-        """What the operator was made from."""
+        """What the operator was made from, and how its products have been computed."""
         return describe(self.operator)
 
     def exact(self, value: Tensor, floor: float = 0.0) -> Estimate:

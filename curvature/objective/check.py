@@ -41,13 +41,15 @@ class Health:
     `rewrites` counts by name what was replaced to be twice differentiable; `unused` are selected parameters that the
     loss of the first batch does not depend on; `difference` is the relative difference between a Hessian product and
     a finite difference of gradients in float64, None when the model cannot be run in float64; `example_bytes` is the
-    memory that the graph of a gradient holds for each example.
+    memory that the graph of a gradient holds for each example, and `example_tensor` that of its tensors, one with
+    another: the mean over bytes of how many bytes the tensor has that they are in.
     """
 
     rewrites: Mapping[str, int] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     difference: float | None = None
     example_bytes: float = 0.0
+    example_tensor: float = 0.0
 
     def narrowed(self, names: Container[str]) -> Health:
         """The same of the parameters of these names alone."""
@@ -76,7 +78,9 @@ def examine(objective: Objective) -> Health:
             raise _asymmetric(asymmetry, verified=difference is not None)
     except Exception as error:  # models and losses can raise anything
         raise explained(error, 1, cut=objective.batches.cut) from error
-    return Health(dict(rewrites), unused, difference, held / (leading(batch) or 1))
+    total, examples = sum(held), leading(batch) or 1
+    tensor = sum(size**2 for size in held) / total if total else 0.0
+    return Health(dict(rewrites), unused, difference, total / examples, tensor / examples)
 
 
 def _first_batch(objective: Objective) -> Any:
@@ -135,9 +139,9 @@ def _coupled(how: str) -> BadObjective:
     )
 
 
-def _probe(objective: Objective, batch: Any) -> tuple[tuple[str, ...], float, int]:
+def _probe(objective: Objective, batch: Any) -> tuple[tuple[str, ...], float, list[int]]:
     """The unused parameters; how far the Hessian of the batch is from symmetric, 0 where rounding explains it; and the
-    bytes that the graph of its gradient holds."""
+    bytes of each tensor that the graph of its gradient holds."""
     space = objective.space
     with objective.randomness(), _saved_bytes() as held:
         leaves, grads = gradient_graph(objective, batch)
@@ -157,7 +161,7 @@ def _probe(objective: Objective, batch: Any) -> tuple[tuple[str, ...], float, in
     noise = ROUNDING * space.eps * _norm(g.detach() for g in grads if g is not None) * space.size**0.5
     unused = tuple(name for name, g in zip(leaves, grads, strict=True) if g is None)
     asymmetry = gap / size if gap > SYMMETRY[space.dtype] * size + noise else 0.0
-    return unused, asymmetry, sum(held.values())
+    return unused, asymmetry, list(held.values())
 
 
 @contextmanager

@@ -21,10 +21,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from curvature.linalg.memory import free_bytes
 from curvature.linalg.operator import LinearOperator
 from curvature.objective.batches import leading
+from curvature.objective.check import Health
 from curvature.objective.objective import Objective
 from curvature.objective.passes import Passes
 
-Engine = Literal["auto", "retained", "recomputed", "linearized", "compiled", "forward"]
+Engine = Literal["auto", "retained", "batched", "recomputed", "linearized", "compiled", "forward"]
 Memory = float | Literal["auto"]
 Linear = Callable[[Tensor], Tensor]  # a vector (n,) -> its product
 Build = Callable[[Objective, int, Any], Linear]  # of the batch of that number in a pass
@@ -33,6 +34,7 @@ Share = Callable[[Tensor], Tensor]  # rows (k, n) -> the products of each, summe
 SHARE = 0.25  # of the free memory that graphs may take by default
 PATIENCE = 64  # products with one graph until it is linearized: tracing takes as long as some 20 to 60 gradients
 CHUNK = 16  # vectors at once, at most
+SMALL = {"cpu": 512 << 10, "other": 16 << 20}  # bytes of a tensor that takes about as long as the call that makes it
 
 
 class Recipe(NamedTuple):
@@ -46,6 +48,26 @@ class Recipe(NamedTuple):
     spare: bool = False
 
 
+class Work(NamedTuple):
+    """What an engine makes the share of a batch from.
+
+    `chunk` vectors at once fit into memory; `small` says that the tensors of the graph are so small that computing with
+    one takes no longer than calling for it; the engines that come into play add their names to `used`.
+    """
+
+    recipe: Recipe
+    objective: Objective
+    index: int
+    batch: Any
+    chunk: int
+    small: bool
+    used: set[str]
+
+    def reverse(self) -> Linear:
+        """The share as a function of one vector, on the graph of reverse over reverse that is built here."""
+        return self.recipe.reverse(self.objective, self.index, self.batch)
+
+
 class ObjectiveOperator(LinearOperator):
     """A symmetric matrix that is an average over the terms of an objective's data; `regularised`, plus l2 I.
 
@@ -54,15 +76,17 @@ class ObjectiveOperator(LinearOperator):
     `memory` bytes. Engines:
 
     "retained": the graph of reverse over reverse, once a batch, and a backward through it for each vector.
+    "batched": the same, with as many vectors at once as fit into `memory`, by torch.vmap.
     "recomputed": the same graph, built again in each pass: least memory. What "retained" is where memory is short.
     "linearized": the backward passes through the retained graph, traced into a plain program without autograd.
     "compiled": that program, compiled by torch.compile.
     "forward": forward over reverse through `torch.func`, as many vectors at once as fit into `memory`.
-    "auto": retained; linearized after some products where that saves arithmetic, with convolutions.
+    "auto": retained; batched where tensors are so small that the calls are what takes time, and one by one again where
+        torch cannot; linearized after some products where that saves arithmetic, with convolutions.
 
-    All but "forward" send the vectors of a block through the graph one after another. Batched forms of the same
-    backward passes take the same arithmetic and several times the memory, and on CPUs were never faster
-    (benchmarks/operators.py).
+    All but "batched" and "forward" send the vectors of a block through the graph one after another: sent together they
+    take the same arithmetic and several times the memory, which on CPUs is slower once tensors outgrow the caches
+    (benchmarks/operators.py). What "auto" came to use is in `source`.
     """
 
     symmetric = True
@@ -87,27 +111,31 @@ class ObjectiveOperator(LinearOperator):
         self.memory: Memory = memory
         self.domain = self.codomain = objective.space
         self.meter = objective.meter
+        self.used: set[str] = set()
         self._passes: Passes | None = None
 
     @property
     def source(self) -> Mapping[str, Any]:
-        """The operator, its function and the fingerprints of model and data."""
-        return {**source_of(self.name, self.objective), "l2": self.l2, "engine": self.engine}
+        """The operator, its function and the fingerprints of model and data; how products were computed until now."""
+        engine = {"engine": self.engine, "engines": sorted(self.used)}
+        return {**source_of(self.name, self.objective), "l2": self.l2, **engine}
 
     def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
-        example = self.objective.check().example_bytes
+        health = self.objective.check()
         if self._passes is None:
-            held = 0.0 if self.engine in ("recomputed", "forward") else example
+            held = 0.0 if self.engine in ("recomputed", "forward") else health.example_bytes
             budget = budget_of(self.memory, self.device)
-            self._passes = Passes(self.objective, partial(self._share, budget, example), budget=budget, example=held)
+            self._passes = Passes(self.objective, partial(self._share, budget, health), budget=budget, example=held)
         products, terms = self._passes.total(lambda share: share(rows))
         products.div_(terms)
         return products.add_(rows, alpha=self.l2) if self.l2 else products
 
-    def _share(self, budget: float, example: float, index: int, batch: Any) -> Share:
-        graph = example * (leading(batch) or 1)  # the memory of one vector's backward pass, about
+    def _share(self, budget: float, health: Health, index: int, batch: Any) -> Share:
+        examples = leading(batch) or 1
+        graph = health.example_bytes * examples  # the memory of one vector's backward pass, about
         chunk = int(min(max(budget / graph, 1), CHUNK)) if graph else CHUNK
-        return ENGINES[self.engine](self.recipe, self.objective, index, batch, chunk)
+        small = health.example_tensor * examples <= SMALL.get(self.device.type, SMALL["other"])
+        return ENGINES[self.engine](Work(self.recipe, self.objective, index, batch, chunk, small, self.used))
 
 
 def need_objective(name: str, objective: object) -> None:
@@ -137,24 +165,35 @@ def source_of(name: str, objective: Objective) -> dict[str, Any]:
     }
 
 
-def _retained(recipe: Recipe, objective: Objective, index: int, batch: Any, chunk: int) -> Share:
-    return _one_by_one(recipe.reverse(objective, index, batch))
+def _retained(work: Work) -> Share:
+    work.used.add("retained")
+    return _one_by_one(work.reverse())
 
 
-def _recomputed(recipe: Recipe, objective: Objective, index: int, batch: Any, chunk: int) -> Share:
-    return lambda rows: _one_by_one(recipe.reverse(objective, index, batch))(rows)
+def _batched(work: Work) -> Share:
+    work.used.add("batched")
+    linear = work.reverse()
+    return lambda rows: _together(linear, rows, work.chunk)
 
 
-def _forward(recipe: Recipe, objective: Objective, index: int, batch: Any, chunk: int) -> Share:
-    return lambda rows: _together(recipe.forward(objective, index, batch), rows, chunk)
+def _recomputed(work: Work) -> Share:
+    work.used.add("recomputed")
+    return lambda rows: _one_by_one(work.reverse())(rows)
 
 
-def _linearized(recipe: Recipe, objective: Objective, index: int, batch: Any, chunk: int) -> Share:
-    return _one_by_one(_traced(recipe.reverse(objective, index, batch), objective))
+def _forward(work: Work) -> Share:
+    work.used.add("forward")
+    return lambda rows: _together(work.recipe.forward(work.objective, work.index, work.batch), rows, work.chunk)
 
 
-def _compiled(recipe: Recipe, objective: Objective, index: int, batch: Any, chunk: int) -> Share:
-    compiled = torch.compile(_traced(recipe.reverse(objective, index, batch), objective))
+def _linearized(work: Work) -> Share:
+    work.used.add("linearized")
+    return _one_by_one(_traced(work.reverse(), work.objective))
+
+
+def _compiled(work: Work) -> Share:
+    work.used.add("compiled")
+    compiled = torch.compile(_traced(work.reverse(), work.objective))
 
     def linear(row: Tensor) -> Tensor:
         with torch.compiler.set_stance("default"):  # models run eagerly here, but this is no model
@@ -163,26 +202,38 @@ def _compiled(recipe: Recipe, objective: Objective, index: int, batch: Any, chun
     return _one_by_one(linear)
 
 
-def _auto(recipe: Recipe, objective: Objective, index: int, batch: Any, chunk: int) -> Share:
-    """Retained, until there have been enough products that tracing pays: with convolutions."""
-    linear = recipe.reverse(objective, index, batch)
-    spare = recipe.spare and any(isinstance(m, nn.modules.conv._ConvNd) for m in objective.function.module.modules())
-    done = 0
+def _auto(work: Work) -> Share:
+    """Retained; linearized when there have been enough products that tracing pays, with convolutions; and batched."""
+    linear = work.reverse()
+    modules = work.objective.function.module.modules()
+    spare = work.recipe.spare and any(isinstance(m, nn.modules.conv._ConvNd) for m in modules)
+    batched, done = work.small and work.chunk > 1, 0
 
     def share(rows: Tensor) -> Tensor:
-        nonlocal linear, done
+        nonlocal linear, batched, done
         if spare and done < PATIENCE <= done + len(rows):
             with suppress(Exception):  # no tracer can follow NumPy, say: what is there is right, and stays
-                linear = _traced(linear, objective)
+                linear = _traced(linear, work.objective)
+                work.used.add("linearized")
         done += len(rows)
+        if batched and len(rows) > 1:
+            try:
+                products = _together(linear, rows, work.chunk)
+            except Exception:  # what vmap cannot do, or only in a loop of its own
+                batched = False
+            else:
+                work.used.add("batched")
+                return products
+        work.used.add("retained")
         return _one_by_one(linear)(rows)
 
     return share
 
 
-ENGINES: dict[Engine, Callable[[Recipe, Objective, int, Any, int], Share]] = {
+ENGINES: dict[Engine, Callable[[Work], Share]] = {
     "auto": _auto,
     "retained": _retained,
+    "batched": _batched,
     "recomputed": _recomputed,
     "linearized": _linearized,
     "compiled": _compiled,
@@ -198,6 +249,7 @@ def _one_by_one(linear: Linear) -> Share:
 def _together(linear: Linear, rows: Tensor, chunk: int) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.script", category=DeprecationWarning)  # torch's own use
+        warnings.filterwarnings("error", message="There is a performance drop")  # a loop inside, slower than ours
         return torch.vmap(linear, randomness="same", chunk_size=chunk)(rows)
 
 

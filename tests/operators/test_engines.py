@@ -12,7 +12,7 @@ from objectives import Case, zoo
 from torch import nn
 
 import curvature as cv
-from curvature.operators.engine import ENGINES, PATIENCE
+from curvature.operators.engine import ENGINES, PATIENCE, SMALL
 
 ZOO = pytest.mark.parametrize("case", zoo(), ids=str)
 MATRICES = pytest.mark.parametrize("matrix", [cv.hessian, cv.ggn], ids=["hessian", "ggn"])
@@ -150,8 +150,9 @@ def test_the_call_of_other_libraries_is_answered():
             make(nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("engine", ["forward", "batched"])
 @pytest.mark.parametrize("memory, chunk", [(1e9, 16), (1.0, 1), (None, 3)])
-def test_forward_derivatives_take_as_many_vectors_at_once_as_fit_into_memory(monkeypatch, memory, chunk):
+def test_as_many_vectors_go_together_as_fit_into_memory(monkeypatch, engine, memory, chunk):
     case = zoo()[1]
     objective = case.objective()
     if memory is None:  # what three vectors take
@@ -163,7 +164,63 @@ def test_forward_derivatives_take_as_many_vectors_at_once_as_fit_into_memory(mon
         return vmap(function, chunk_size=chunk_size, **options)
 
     monkeypatch.setattr(torch, "vmap", vmap)
-    A = cv.hessian(objective, engine="forward", memory=memory)
+    A = cv.hessian(objective, engine=engine, memory=memory)
     rows = A.domain.draw(7, seed=0)
-    torch.testing.assert_close(A.apply(rows), cv.hessian(objective).apply(rows), rtol=1e-10, atol=1e-12)
+    expected = cv.hessian(objective, engine="retained").apply(rows)
+    torch.testing.assert_close(A.apply(rows), expected, rtol=1e-10, atol=1e-12)
     assert chunks == [chunk]
+
+
+@MATRICES
+def test_auto_takes_vectors_together_where_tensors_are_small_and_says_so(matrix, monkeypatch):
+    case = zoo()[1]
+    A = matrix(case.objective())
+    assert A.source["engines"] == []
+    A.apply(A.domain.draw(1, seed=0))
+    assert A.source["engines"] == ["retained"]
+    A.apply(A.domain.draw(2, seed=0))
+    assert A.source["engines"] == ["batched", "retained"]
+    assert cv.trace(matrix(case.objective())).origin.operator["engines"] == ["batched"]
+    monkeypatch.setitem(SMALL, "cpu", case.objective().check().example_tensor * len(case.inputs) - 1)
+    B = matrix(case.objective())
+    rows = B.domain.draw(2, seed=0)
+    torch.testing.assert_close(B.apply(rows), A.apply(rows), rtol=1e-10, atol=1e-12)
+    assert B.source["engines"] == ["retained"]
+
+
+class Cube(torch.autograd.Function):
+    """Twice differentiable, and nothing that vmap knows."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        (x,) = ctx.saved_tensors
+        if x.sum() + cotangent.sum() == torch.pi:  # which depends on the numbers
+            raise AssertionError
+        return 3 * x**2 * cotangent
+
+
+class Cubic(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Cube.apply(self.linear(x))
+
+
+@MATRICES
+def test_auto_takes_vectors_one_by_one_where_vmap_cannot(matrix):
+    torch.manual_seed(0)
+    data = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    objective = cv.Objective.of(Cubic().double(), "mse", data)
+    A = matrix(objective)
+    rows = A.domain.draw(4, seed=0)
+    expected = matrix(objective, engine="retained").apply(rows)
+    for _ in range(2):
+        torch.testing.assert_close(A.apply(rows), expected, rtol=1e-12, atol=1e-14)
+    assert A.source["engines"] == ["retained"]
