@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvature.linalg.measurement import Measurement
+from curvature.linalg.measurement import Measurement, describe
 from curvature.linalg.operator import Identity, LinearOperator, Scaled, Sum
 from curvature.linalg.structured import BlockDiagonal, Dense, Diagonal, Kronecker, Spectral
 from curvature.result import Estimate
@@ -32,7 +32,9 @@ def power(A: LinearOperator, exponent: float, *, damping: float = 0.0) -> Linear
         values = values + damping
         return _finite(values**exponent, values, f"power {exponent:g}")
 
-    return mapped(A, raised)
+    result = mapped(A, raised)
+    result.source = {"operator": "power", "exponent": exponent, "damping": damping, "of": describe(A)}
+    return result
 
 
 def inverse(A: LinearOperator, *, damping: float = 0.0) -> LinearOperator:

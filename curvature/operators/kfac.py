@@ -6,15 +6,18 @@ weights and the bias as their last column. Every block is known by two small mat
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from curvature.errors import TooLarge
+from curvature.linalg.memory import free_bytes
 from curvature.linalg.structured import BlockDiagonal, Kronecker, Spectral
 from curvature.objective.objective import Objective
 from curvature.operators.layers import Inputs, Layer, Rows, gram
-from curvature.operators.layerwise import Layerwise
+from curvature.operators.layerwise import Layerwise, Seen
 from curvature.operators.residuals import FisherKind
 
 Sharing = Literal["expand", "reduce"]
@@ -72,15 +75,16 @@ def ekfac(
     blocks, squares = _factors(seen, sharing)
     bases = {layer.name: blocks[layer.name].spectral for layer in seen.layers if not layer.kind.small}
 
-    def each(layer: Layer, inputs: Inputs, cotangents: Tensor) -> list[Tensor]:
+    def see(layer: Layer, inputs: Inputs) -> Seen:
         if layer.kind.small:
-            return []  # exact as it is
+            return {}, lambda cotangents: {}  # exact as it is
         basis = bases[layer.name]
         outer, inner = (basis.V, basis.U) if layer.kind.transposed else (basis.U, basis.V)
-        return [inputs.squares(torch.einsum("nrgo,gop->nrgp", cotangents, outer), inner)]
+        inputs = inputs.projected(inner)
+        return {}, lambda cotangents: {"squares": inputs.squares(torch.einsum("nrgo,gop->nrgp", cotangents, outer))}
 
-    moments, _ = seen.means(lambda layer, inputs: [], each, others=False)
-    corrected = {name: Spectral(moments[name][0], basis.U, basis.V) for name, basis in bases.items()}
+    moments, _ = seen.means(see, others=False)
+    corrected = {name: Spectral(moments[name]["squares"], basis.U, basis.V) for name, basis in bases.items()}
     return seen.assembled({**blocks, **corrected}, squares, sharing=sharing)
 
 
@@ -88,35 +92,47 @@ def _factors(seen: Layerwise, sharing: Sharing) -> tuple[dict[str, Kronecker], d
     """The K-FAC block of every layer, and the diagonal of the other parameters."""
     if sharing not in ("expand", "reduce"):
         raise ValueError(f"sharing is 'expand' or 'reduce', but got {sharing!r}.")
+    _need_factors(seen)
     reduce, pulled = sharing == "reduce", seen.residuals is not None
 
-    def once(layer: Layer, inputs: Inputs) -> list[Tensor]:
-        if layer.kind.small and pulled:
-            return []
+    def see(layer: Layer, inputs: Inputs) -> Seen:
+        if layer.kind.small and isinstance(inputs, Rows) and pulled:
+            whole = inputs.whole
+            return {}, lambda cotangents: {"whole": whole(cotangents)}
+        taken = inputs.summed if reduce else inputs.counted  # of large inputs nothing is kept for the residuals
         inputs = inputs.reduced() if reduce else inputs
-        return [inputs.second_moment(), torch.tensor(float(inputs.count), dtype=torch.float64)]
+        once = {"inner": inputs.second_moment(), "positions": torch.tensor(float(inputs.count), dtype=torch.float64)}
+        return once, lambda cotangents: {"outer": gram(taken(cotangents).flatten(0, 1))}
 
-    def each(layer: Layer, inputs: Inputs, cotangents: Tensor) -> list[Tensor]:
-        if layer.kind.small and isinstance(inputs, Rows):
-            return [inputs.whole(cotangents)]
-        cotangents = inputs.summed(cotangents) if reduce else inputs.counted(cotangents)
-        return [gram(cotangents.flatten(0, 1))]
-
-    means, squares = seen.means(once, each)
+    means, squares = seen.means(see)
     return {layer.name: _block(layer, means[layer.name], seen.objective) for layer in seen.layers}, squares
 
 
-def _block(layer: Layer, means: list[Tensor], objective: Objective) -> Kronecker:
-    """E[g g^T] ⊗ E[a a^T] from [sum of a a^T, positions, sum of g g^T] per term; the identity where there is no g.
-
-    Of a layer of small groups [sum of G G^T] is the block itself.
-    """
+def _block(layer: Layer, means: Mapping[str, Tensor], objective: Objective) -> Kronecker:
+    """E[g g^T] ⊗ E[a a^T] from the means over terms; the identity for what there is nothing of."""
     groups, left, right = layer.arranged(objective.params).shape
-    inner, outer = means[0], objective.params[layer.params[0]].new_ones(groups, 1, 1)
-    if len(means) > 1:
-        inner = (inner / means[1]).to(outer.dtype)
-    if not layer.kind.small:
-        size = right if layer.kind.transposed else left
-        outer = means[2] if len(means) > 2 else torch.eye(size).to(outer).expand(groups, size, size)
-    factors = (inner, outer) if layer.kind.transposed else (outer, inner)
-    return Kronecker(*factors, psd=True)
+    one = objective.params[layer.params[0]].new_ones(())
+    if "whole" in means:
+        return Kronecker(one.expand(groups, 1, 1), means["whole"], psd=True)
+    size = right if layer.kind.transposed else left
+    outer = means.get("outer", one.expand(size) if groups == 1 else torch.eye(size).to(one).expand(groups, size, size))
+    inner = (means["inner"] / means["positions"]).to(one.dtype)
+    return Kronecker(*((inner, outer) if layer.kind.transposed else (outer, inner)), psd=True)
+
+
+def _need_factors(seen: Layerwise) -> None:
+    """TooLarge when the factors would not fit into the memory that is free now."""
+    sizes = {}
+    for layer in seen.layers:
+        groups, left, right = layer.arranged(seen.objective.params).shape
+        dense = [right] if layer.kind.transposed else [1] if layer.kind.small else [left, right]
+        sizes[layer.name] = groups * sum(size**2 for size in dense)
+    space = seen.objective.space
+    needed = sum(sizes.values()) * torch.empty(0, dtype=space.dtype).element_size()
+    free = free_bytes(space.device)
+    if free is not None and needed > 0.9 * free:
+        largest = max(sizes, key=sizes.__getitem__)
+        raise TooLarge(
+            f"The Kronecker factors take {needed / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are free.",
+            f"Leave the largest layer out, {largest}: Objective.of(..., select=...).",
+        )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from curvature.linalg.structured import Diagonal
 from curvature.objective.objective import Objective
 from curvature.operators.layers import Inputs, Layer
-from curvature.operators.layerwise import Layerwise
+from curvature.operators.layerwise import Layerwise, Seen
 from curvature.operators.residuals import FisherKind
 
 
@@ -24,14 +23,14 @@ def ggn_diagonal(objective: Objective, *, fisher: FisherKind = "type-2", samples
     """
     seen = Layerwise("ggn_diagonal", objective, fisher, samples=samples, seed=seed, apart=True)
 
-    def each(layer: Layer, inputs: Inputs, cotangents: Tensor) -> list[Tensor]:
-        return [inputs.squares(cotangents, None)]
+    def see(layer: Layer, inputs: Inputs) -> Seen:
+        return {}, lambda cotangents: {"squares": inputs.squares(cotangents)}
 
-    moments, squares = seen.means(lambda layer, inputs: [], each)
+    moments, others = seen.means(see)
     space = objective.space
     entries = torch.empty(space.size, dtype=space.dtype, device=space.device)
     for layer in seen.layers:
-        entries[seen.places[layer.name]] = moments[layer.name][0].reshape(-1)
-    for name, square in squares.items():
+        entries[seen.places[layer.name]] = moments[layer.name]["squares"].reshape(-1)
+    for name, square in others.items():
         entries[seen.places[name]] = square.reshape(-1)
     return Diagonal(entries, space=space, source=seen.source)

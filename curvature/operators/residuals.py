@@ -100,20 +100,16 @@ class Signed:
             yield signs * residual
 
 
-@dataclass(frozen=True)
-class Apart:
-    """Other residuals, of one term of each example at a time: as many more as an example has terms."""
-
-    residuals: Residuals
-    loss: Likelihood
-
-    def __call__(self, index: int, outputs: Tensor, targets: Any) -> Iterator[Tensor]:
-        shape = (1, *_terms(self.loss, outputs, targets)[1:])
-        for residual in self.residuals(index, outputs, targets):
-            for place in range(math.prod(shape)):
-                alone = torch.zeros(math.prod(shape), dtype=outputs.dtype, device=outputs.device)
-                alone[place] = 1
-                yield residual * alone.view(shape)
+def one_term_each(
+    residuals: Iterator[Tensor], loss: Likelihood, outputs: Tensor, targets: Any, examples: int
+) -> Iterator[Tensor]:
+    """The residuals of one term of each example at a time: as many more as an example has terms."""
+    rows, *shape = _terms(loss, outputs, targets)
+    places = torch.arange(rows // examples * math.prod(shape), device=outputs.device)
+    place = places.view(-1, *shape).repeat(examples, *[1] * len(shape))
+    for residual in residuals:
+        for number in places:
+            yield residual * (place == number)
 
 
 class Streams:

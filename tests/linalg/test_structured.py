@@ -161,3 +161,10 @@ def test_matrices_without_structure_are_refused_with_what_to_ask_instead():
 def test_what_does_not_fit_together_is_refused(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+def test_powers_say_what_they_are_of():
+    A = cv.Diagonal(torch.tensor([4.0, 9.0]), source={"operator": "kfac", "model": "Net"})
+    told = cv.inverse(A, damping=0.5).source
+    assert told["operator"] == "power" and (told["exponent"], told["damping"]) == (-1, 0.5)
+    assert told["of"]["operator"] == "kfac" and told["of"]["model"] == "Net"

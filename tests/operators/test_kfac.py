@@ -570,3 +570,107 @@ def test_layers_that_are_unlike_their_kind_get_an_exact_diagonal():
 def test_input_only_is_for_kfac_alone(make):
     with pytest.raises(ValueError, match="fisher is 'type-2', 'sampled' or 'empirical', but got 'input-only'"):
         make(of(nn.Linear(3, 2), torch.randn(4, 3)), fisher="input-only")
+
+
+class Masked(nn.Module):
+    """Positions that see each other as a mask among the inputs says, and add a learned bias: no layer's parameter."""
+
+    def __init__(self, into: int = 3, width: int = 2) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(into, width), nn.Linear(width, 2)
+        self.shift = nn.Parameter(torch.randn(width))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.after(torch.tanh(torch.softmax(mask, -1) @ self.before(x) + self.shift))
+
+
+@pytest.mark.parametrize("examples", [2, 4], ids=["another number of examples", "as many as positions"])
+def test_what_belongs_to_all_examples_is_not_cut_whatever_its_length(examples):
+    """A mask (T, T) of T = 4 positions: with four examples its first axis is as long as theirs."""
+    torch.manual_seed(0)
+    module, mask = Masked().double(), torch.randn(4, 4).double()
+    inputs, targets = torch.randn(examples, 4, 3).double(), torch.randn(examples, 4, 2).double()
+    objective = cv.Objective.of(module, "mse", [(inputs, mask, targets)])
+    A = cv.ggn_diagonal(objective)
+    assert A.source["fisher"] == "type-2" and list(cv.kfac(objective).source["diagonal"]) == ["shift"]
+    torch.testing.assert_close(A.entries, cv.ggn(objective).dense().diagonal(), rtol=1e-10, atol=1e-12)
+
+
+class Flat(nn.Module):
+    """The outputs of all positions in one row after another, as some language models return their logits."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).flatten(0, 1)
+
+
+@pytest.mark.parametrize("make", [cv.kfac, cv.ekfac, cv.ggn_diagonal])
+@pytest.mark.parametrize("fisher", ["type-2", "empirical", "sampled"])
+def test_outputs_may_be_flat_over_the_positions_of_an_example(make, fisher):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.RNN(5, 3, batch_first=True), First(), nn.Linear(3, 2))
+    inputs, targets = torch.randn(5, 3, 4).double(), torch.randint(0, 2, (5, 3))
+    module = module.double()
+    shaped = cv.Objective.of(module, cv.CrossEntropy(axis=-1), [(inputs, targets)])
+    flat = cv.Objective.of(Flat(module), "cross-entropy", [(inputs, targets.flatten())])
+    A, B = make(shaped, fisher=fisher), make(flat, fisher=fisher)
+    torch.testing.assert_close(B.dense(), A.dense(), rtol=1e-10, atol=1e-12)
+    if make is cv.kfac:
+        assert len(B.source["diagonal"]) == 4 and isinstance(B.blocks["inner.0"], cv.Kronecker)  # the RNN's
+    if make is cv.ggn_diagonal and fisher == "type-2":
+        torch.testing.assert_close(B.entries, cv.ggn(flat).dense().diagonal(), rtol=1e-10, atol=1e-12)
+
+
+class First(nn.Module):
+    def forward(self, both: tuple[Tensor, Tensor]) -> Tensor:
+        return both[0]
+
+
+class Fickle(nn.Module):
+    """A layer that is called for each example in some batches, and in others for one more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 4:
+            return self.last(torch.tanh(self.first(torch.cat([x, x[:1]]))[:-1]))
+        return self.last(torch.tanh(self.first(x)))
+
+
+def test_a_layer_that_a_later_batch_uses_otherwise_is_left_to_the_others():
+    torch.manual_seed(0)
+    objective = of(Fickle().double(), torch.randn(12, 3).double(), sizes=(5, 4, 3))
+    dense = cv.ggn(objective).dense()
+    torch.testing.assert_close(cv.ggn_diagonal(objective).entries, dense.diagonal(), rtol=1e-10, atol=1e-12)
+    for make in (cv.kfac, cv.ekfac):
+        A = make(objective, fisher="type-2")
+        assert list(A.blocks) == ["last", "first.weight", "first.bias"]
+        assert A.source["diagonal"] == dict.fromkeys(
+            ("first.weight", "first.bias"), "its layer is not called for each example"
+        )
+        torch.testing.assert_close(A.blocks["first.bias"].entries, dense.diagonal()[12:16], rtol=1e-10, atol=1e-12)
+
+
+def test_layers_without_gradients_are_layers():
+    """A head of zeros, as many fine-tuned models begin with: nothing comes back to what is below."""
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    nn.init.zeros_(module[2].weight)
+    A = cv.kfac(of(module, torch.randn(5, 3).double()), fisher="type-2")
+    assert not A.source["diagonal"] and not A.blocks["0"].dense().any() and A.blocks["2"].dense().any()
+
+
+def test_factors_that_do_not_fit_are_refused_before_the_data_are_read(monkeypatch):
+    module = nn.Sequential(nn.Linear(3, 50), nn.Linear(50, 2)).double()
+    objective = of(module, torch.randn(5, 3).double())
+    objective.check()
+    monkeypatch.setattr("curvature.operators.kfac.free_bytes", lambda device: 8 * (50 + 4) ** 2)
+    reads = objective.meter.passes
+    with pytest.raises(cv.TooLarge, match=r"Kronecker factors take .* free.*Leave the largest layer out, 1:"):
+        cv.kfac(objective)
+    assert objective.meter.passes == reads
+    assert cv.kfac(objective.narrowed("0.*")).blocks

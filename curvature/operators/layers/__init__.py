@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from curvature.errors import CurvatureError
 from curvature.objective.layers import Call
 from curvature.operators.layers import conv
 from curvature.operators.layers.embedding import EMBEDDING
@@ -48,8 +49,11 @@ class Layer:
 
     def inputs(self, calls: Sequence[Call], examples: int) -> Inputs:
         """What went in, in all its calls."""
-        parts = [self.kind.inputs(self.module, call.input) for call in calls]
-        values = _joined([_by_example(part.values, examples) for part in parts])
+        kept = [call.input for call in calls if call.input is not None]
+        if len(kept) < len(calls):
+            raise Unfollowed(self.name, "its layer is called in another way than others of its kind")
+        parts = [self.kind.inputs(self.module, input) for input in kept]
+        values = _joined([self._by_example(part.values, examples) for part in parts])
         if isinstance(parts[0], Indices):
             return Indices(values, parts[0].size)
         if self.weight is None:
@@ -59,7 +63,7 @@ class Layer:
     def cotangents(self, gradients: Sequence[Tensor], examples: int) -> Float[Tensor, "n r g o"]:
         """The gradients of the outputs of all its calls."""
         parts = [self.kind.outputs(self.module, gradient) for gradient in gradients]
-        return _joined([_by_example(part, examples) for part in parts])
+        return _joined([self._by_example(part, examples) for part in parts])
 
     def arranged(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, "g o i"]:
         """Tensors shaped like its parameters as the matrices that act on the inputs, the bias their last column."""
@@ -71,6 +75,12 @@ class Layer:
             groups = bias.numel() if self.kind.small else getattr(self.module, "groups", 1)
             parts.append(bias.reshape(groups, -1, 1))
         return torch.cat(parts, dim=-1)
+
+    def _by_example(self, values: Tensor, examples: int) -> Tensor:
+        """(k examples, positions, ...) -> (examples, k positions, ...): layers may see several entries of each one."""
+        if len(values) % examples:
+            raise Unfollowed(self.name, "its layer is not called for each example")
+        return values.reshape(examples, -1, *values.shape[2:])
 
 
 def recognised(module: nn.Module) -> Kind | None:
@@ -84,15 +94,12 @@ def recognised(module: nn.Module) -> Kind | None:
     return None
 
 
-class NotByExample(ValueError):
-    """What goes through a layer does not fall into as many examples as the outputs."""
+class Unfollowed(CurvatureError):
+    """A batch uses a layer in a way that its parameters cannot be followed through it: for the `reason`."""
 
-
-def _by_example(values: Tensor, examples: int) -> Tensor:
-    """(k examples, positions, ...) -> (examples, k positions, ...): layers may see several entries of each example."""
-    if len(values) % examples:
-        raise NotByExample(f"A layer is called with {len(values)} entries for {examples} examples.")
-    return values.reshape(examples, -1, *values.shape[2:])
+    def __init__(self, layer: str, reason: str) -> None:
+        super().__init__(f"The layer {layer} cannot be followed: {reason}.")
+        self.layer, self.reason = layer, reason
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -33,6 +33,14 @@ class Rows:
         """The values with their ones."""
         return F.pad(self.values, (0, 1), value=1.0) if self.ones else self.values
 
+    def magnitudes(self) -> Rows:
+        """The absolute values, for bounds of rounding."""
+        return Rows(self.values.abs(), self.ones)
+
+    def projected(self, V: Tensor | None) -> Rows:
+        """The vectors in the basis of the columns of V; None is the one they have."""
+        return Rows(self.vectors if V is None else torch.einsum("nrgi,gij->nrgj", self.vectors, V))
+
     def second_moment(self) -> Float[Tensor, "g i i"]:
         """The sum of a a^T over examples and positions."""
         values = self.values.flatten(0, 1)
@@ -46,11 +54,13 @@ class Rows:
         """The mean over the positions of each example."""
         return Rows(self.values.mean(1, keepdim=True), self.ones)
 
-    def counted(self, cotangents: Float[Tensor, "n r g o"]) -> Float[Tensor, "n r g o"]:
+    @staticmethod
+    def counted(cotangents: Float[Tensor, "n r g o"]) -> Float[Tensor, "n r g o"]:
         """Those of positions that count: all."""
         return cotangents
 
-    def summed(self, cotangents: Float[Tensor, "n r g o"]) -> Float[Tensor, "n 1 g o"]:
+    @staticmethod
+    def summed(cotangents: Float[Tensor, "n r g o"]) -> Float[Tensor, "n 1 g o"]:
         """What belongs to the reduced inputs: the sum over the positions of each example."""
         return cotangents.sum(1, keepdim=True)
 
@@ -62,9 +72,9 @@ class Rows:
         """The sum of G G^T over the gradients G of examples, a vector for each group: exact, for small groups."""
         return gram(torch.einsum("nrgo,nrgi->ngoi", cotangents, self.vectors).flatten(2))
 
-    def squares(self, cotangents: Float[Tensor, "n r g o"], V: Tensor | None) -> Float[Tensor, "g o i"]:
-        """The sum of the squared entries of G V over the gradients G of examples."""
-        values = self.vectors if V is None else torch.einsum("nrgi,gij->nrgj", self.vectors, V)
+    def squares(self, cotangents: Float[Tensor, "n r g o"]) -> Float[Tensor, "g o i"]:
+        """The sum of the squared entries of the gradients of examples."""
+        values = self.vectors
         if values.shape[1] == 1:
             return torch.einsum("ngo,ngi->goi", cotangents[:, 0].square(), values[:, 0].square())
         total = cotangents.new_zeros(*cotangents.shape[2:], values.shape[-1])
@@ -89,6 +99,14 @@ class Indices:
         """Positions of all examples that have an index."""
         return int((self.values >= 0).sum())
 
+    def magnitudes(self) -> Indices:
+        """The same: unit vectors have no signs."""
+        return self
+
+    def projected(self, V: Tensor | None) -> Indices:
+        """The same: their second moment is diagonal, and V None."""
+        return self
+
     def second_moment(self) -> Float[Tensor, " size"]:
         """How often each index occurs: the diagonal of the sum of a a^T."""
         ids = self.values[self.values >= 0]
@@ -112,8 +130,8 @@ class Indices:
         rows = cotangents.new_zeros(self.size, cotangents.shape[-1])
         return rows.index_add_(0, self.values[kept], cotangents[:, :, 0][kept]).unsqueeze(0)
 
-    def squares(self, cotangents: Float[Tensor, "n r 1 o"], V: Tensor | None) -> Float[Tensor, "1 size o"]:
-        """The sum of the squared entries of the gradients of examples; their inputs have no other basis: V is None."""
+    def squares(self, cotangents: Float[Tensor, "n r 1 o"]) -> Float[Tensor, "1 size o"]:
+        """The sum of the squared entries of the gradients of examples."""
         kept = self.values >= 0
         example = torch.arange(len(self.values), device=kept.device).unsqueeze(1).expand_as(kept)
         pairs, place = torch.unique(example[kept] * self.size + self.values[kept], return_inverse=True)
