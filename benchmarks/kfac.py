@@ -1,34 +1,27 @@
-"""Building Kronecker factors, in this library and others, in one interleaved run.
+"""Building Kronecker factors, in this library and others: the rows of `operators.py` for K-FAC.
 
-    python benchmarks/kfac.py [--problems mlp,digits,resnet,gpt] [--rounds 5] [--threads 1] [--quick]
-
-Writes benchmarks/results/kfac_DEVICE.json, and prints its table: the time of building all factors over that of a
-gradient of the same data, medians over rounds in each of which every contender builds once, and the same over our time
-in that round. What the others leave out (data or layers they refuse, a whole batch at once) is said in the rows. The
-libraries and how to install them: operators.py.
+The time of building all factors over that of a gradient of the same data, in rounds in each of which every contender
+builds once. What the others leave out (data or layers they refuse or skip) is said in the rows. laplace takes its
+factors from BackPACK and curvlinops, which are here themselves.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import warnings
+import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from measure import Clock, machine, rounded
-from problems import PROBLEMS, Problem, gradient, problem_of
-from rich.console import Console
+import torch.nn.functional as F
+from measure import Clock
+from problems import Problem, gradient
 from rich.table import Table
 from torch import nn
 
 import curvature as cv
 
-RESULTS = Path(__file__).parent / "results"
 Build = Callable[[], Any]
 
 
@@ -74,11 +67,46 @@ def _backpack(name: str, problem: Problem) -> Build:
     return build
 
 
+def _kronfluence(strategy: str, problem: Problem) -> Build:
+    from kronfluence.analyzer import Analyzer, prepare_model
+    from kronfluence.arguments import FactorArguments
+    from kronfluence.task import Task
+    from kronfluence.utils.common.factor_arguments import default_factor_arguments
+
+    class Classification(Task):
+        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> torch.Tensor:
+            inputs, targets = batch
+            logits = model(inputs).flatten(0, -2)
+            if sample:
+                with torch.no_grad():
+                    targets = torch.multinomial(logits.softmax(-1), 1)
+            return F.cross_entropy(logits, targets.flatten(), reduction="sum")
+
+        def compute_measurement(self, batch: Any, model: nn.Module) -> torch.Tensor:
+            return self.compute_train_loss(batch, model)
+
+    folder = tempfile.TemporaryDirectory()
+    task = Classification()
+    model = prepare_model(problem.copied(), task)
+    analyzer = Analyzer(
+        "factors", model, task, cpu=problem.inputs.device.type == "cpu", disable_tqdm=True, output_dir=folder.name
+    )
+    data = torch.utils.data.TensorDataset(problem.inputs, problem.targets)
+    options: FactorArguments = default_factor_arguments(strategy)
+    fit = analyzer.fit_covariance_matrices if strategy == "kfac" else analyzer.fit_all_factors
+
+    def build(folder: Any = folder) -> None:  # which is there as long as this
+        fit("factors", data, per_device_batch_size=len(data), factor_args=options, overwrite_output_dir=True)
+
+    return build
+
+
 CONTENDERS: dict[str, dict[str, Callable[[Problem], Build]]] = {
     "sampled": {
         "curvature": partial(_ours, cv.kfac, "sampled"),
         "curvlinops": partial(_curvlinops, "KFACLinearOperator", "mc"),
         "BackPACK": partial(_backpack, "KFAC"),
+        "kronfluence": partial(_kronfluence, "kfac"),
     },
     "type-2": {
         "curvature": partial(_ours, cv.kfac, "type-2"),
@@ -88,6 +116,7 @@ CONTENDERS: dict[str, dict[str, Callable[[Problem], Build]]] = {
     "EKFAC, sampled": {
         "curvature": partial(_ours, cv.ekfac, "sampled"),
         "curvlinops": partial(_curvlinops, "EKFACLinearOperator", "mc"),
+        "kronfluence": partial(_kronfluence, "ekfac"),
     },
 }
 
@@ -96,7 +125,7 @@ def rows_of(name: str, kind: str, problem: Problem, rounds: int) -> list[dict[st
     """What every contender took, in each of the rounds."""
     clock = Clock(problem.inputs.device)
     builds: dict[str, Build] = {}
-    notes: dict[str, str] = {}
+    notes = {"kronfluence": "Linear and Conv2d alone, written to disk"}
     for contender, prepare in CONTENDERS[kind].items():
         try:
             build = prepare(problem)
@@ -129,34 +158,16 @@ def rows_of(name: str, kind: str, problem: Problem, rounds: int) -> list[dict[st
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", default=",".join(PROBLEMS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="small problems: whether everything runs")
-    parser.add_argument("--out", type=Path, default=None)
-    asked = parser.parse_args()
-    warnings.filterwarnings("ignore")  # the other libraries'
-    torch.set_num_threads(asked.threads)
-    device = torch.device(asked.device)
-    size = "quick" if asked.quick else device.type
-    rows: list[dict[str, Any]] = []
-    table = Table("problem", "factors", "contender", "gradients", "of ours", "note")
-    for name in asked.problems.split(","):
-        problem = problem_of(name, size, device)
-        for kind in CONTENDERS:
-            if kind == "type-2" and name == "gpt":
-                continue  # a backward pass for each of its characters: nobody does that
-            for row in rows_of(name, kind, problem, asked.rounds):
-                rows.append(row)
-                figures = [f"{row[column]:.2f}" if row[column] else "" for column in ("gradients", "of_ours")]
-                table.add_row(name, kind, row["contender"], *figures, row["note"])
-    out = asked.out or RESULTS / f"kfac_{device.type}.json"
-    out.write_text(json.dumps({"machine": machine(device), "size": size, "rows": rounded(rows)}, indent=1) + "\n")
-    Console(width=150).print(table)
+def measured(name: str, problem: Problem, rounds: int) -> list[dict[str, Any]]:
+    """The rows of a problem, for all kinds of factors."""
+    kinds = [kind for kind in CONTENDERS if name != "gpt" or kind != "type-2"]  # a backward pass for each character
+    return [row for kind in kinds for row in rows_of(name, kind, problem, rounds)]
 
 
-if __name__ == "__main__":
-    main()
+def table(rows: list[dict[str, Any]]) -> Table:
+    """All rows, in gradients and in our times."""
+    shown = Table("problem", "factors", "contender", "gradients", "of ours", "note", title="Building Kronecker factors")
+    for row in rows:
+        figures = [f"{row[column]:.2f}" if row[column] else "" for column in ("gradients", "of_ours")]
+        shown.add_row(row["problem"], row["factors"], row["contender"], *figures, row["note"])
+    return shown

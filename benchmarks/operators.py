@@ -1,6 +1,7 @@
-"""Products with Hessian, Gauss-Newton and Fisher matrices, this library and others in one interleaved run.
+"""Products with Hessian, Gauss-Newton and Fisher matrices, and K-FAC, this library and others in one interleaved run.
 
-    python benchmarks/operators.py [--problems mlp,resnet,gpt,digits] [--rounds 5] [--threads 1] [--quick] [--memory]
+    python benchmarks/operators.py [--problems mlp,resnet,gpt,digits] [--matrices hessian,ggn,empirical_fisher,kfac]
+        [--rounds 5] [--threads 1] [--quick] [--memory]
 
 Writes benchmarks/results/operators_DEVICE.json, and prints its table. Every time is over that of a gradient of the same
 data: in each round each contender does one product in random order, before each of which a gradient is computed, and
@@ -23,6 +24,7 @@ The other libraries are optional. Their dependencies would replace torch, so tha
     pip install --no-deps curvlinops-for-pytorch backpack-for-pytorch PyHessian
     pip install --no-deps --pre hessian-eigenthings
     pip install -c constraints.txt einops einconv linear_operator opt-einsum unfoldNd tqdm
+    pip install --no-deps kronfluence accelerate psutil pyyaml; pip install -c constraints.txt transformers datasets
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import kfac
 import torch
 from contenders import CONTENDERS, MATRICES, OURS, Lacks, Operator
 from measure import Clock, flops, machine, peak_since, rounded
@@ -55,6 +58,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 RESULTS = Path(__file__).parent / "results"
 BLOCKS = (1, 4, 16)
+FACTORS = "kfac"  # among the matrices: not multiplied with, but built
 WRONG = 1e-3  # relative error beyond which a product is another matrix's, not this one's in float32
 LISTS = "PyHessian keeps the same graph, and returns a list of tensors where this is one vector, copied together: a tie"
 BLOCKED = "curvlinops sends all 16 vectors through at once, which is faster on convolutions as small as these"
@@ -277,7 +281,7 @@ def summary(row: Row) -> dict[str, Any]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--problems", default=",".join(PROBLEMS))
-    parser.add_argument("--matrices", default=",".join(MATRICES))
+    parser.add_argument("--matrices", default=",".join([*MATRICES, FACTORS]))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -301,14 +305,21 @@ def main() -> None:
         print(peak(problem_of(problem, size, device), name, data, matrix, int(k)))
         return
     out = args.out or RESULTS / f"operators_{device.type}.json"
-    console, rows = Console(width=150), []
+    console, rows, factors = Console(width=150), [], []
+    matrices, problems = args.matrices.split(","), args.problems.split(",")
 
     def write() -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         report = {"machine": machine(device), "size": size, "rounds": args.rounds}
-        out.write_text(json.dumps({**report, "rows": [summary(row) for row in rows]}, indent=1) + "\n")
+        written = {"rows": [summary(row) for row in rows], "factors": rounded(factors)}
+        out.write_text(json.dumps({**report, **written}, indent=1) + "\n")
 
-    for matrix, name in product(args.matrices.split(","), args.problems.split(",")):
+    for name in problems if FACTORS in matrices else ():
+        factors += kfac.measured(name, problem_of(name, size, device), args.rounds)
+        write()
+    if factors:
+        console.print(kfac.table(factors))
+    for matrix, name in product([m for m in matrices if m != FACTORS], problems):
         problem = problem_of(name, size, device)
         truth = reference(problem, matrix, problem.rows(max(BLOCKS)))
         for data in DATA:
