@@ -51,8 +51,7 @@ class Recipe(NamedTuple):
 class Work(NamedTuple):
     """What an engine makes the share of a batch from.
 
-    `chunk` vectors at once fit into memory; `small` says that the tensors of the graph are so small that computing with
-    one takes no longer than calling for it; the engines that come into play add their names to `used`.
+    `chunk` and `small` are what `at_once` says; the engines that come into play add their names to `used`.
     """
 
     recipe: Recipe
@@ -131,10 +130,7 @@ class ObjectiveOperator(LinearOperator):
         return products.add_(rows, alpha=self.l2) if self.l2 else products
 
     def _share(self, budget: float, health: Health, index: int, batch: Any) -> Share:
-        examples = leading(batch) or 1
-        graph = health.example_bytes * examples  # the memory of one vector's backward pass, about
-        chunk = int(min(max(budget / graph, 1), CHUNK)) if graph else CHUNK
-        small = health.example_tensor * examples <= SMALL.get(self.device.type, SMALL["other"])
+        chunk, small = at_once(health, batch, budget, self.device)
         return ENGINES[self.engine](Work(self.recipe, self.objective, index, batch, chunk, small, self.used))
 
 
@@ -150,6 +146,15 @@ def need_objective(name: str, objective: object) -> None:
 def budget_of(memory: Memory, device: torch.device) -> float:
     """The bytes that what is kept of the data may take."""
     return SHARE * (free_bytes(device) or 0) if memory == "auto" else memory
+
+
+def at_once(health: Health, batch: Any, budget: float, device: torch.device) -> tuple[int, bool]:
+    """How many vectors fit into `budget` bytes on their way through the graph of a batch; and whether its tensors are
+    so small that computing with one takes no longer than calling for it."""
+    examples = leading(batch) or 1
+    graph = health.example_bytes * examples  # the memory of one vector's backward pass, about
+    chunk = int(min(max(budget / graph, 1), CHUNK)) if graph else CHUNK
+    return chunk, health.example_tensor * examples <= SMALL.get(device.type, SMALL["other"])
 
 
 def source_of(name: str, objective: Objective) -> dict[str, Any]:
@@ -204,27 +209,39 @@ def _compiled(work: Work) -> Share:
 
 def _auto(work: Work) -> Share:
     """Retained; linearized when there have been enough products that tracing pays, with convolutions; and batched."""
-    linear = work.reverse()
+    linear, chunk = work.reverse(), work.chunk if work.small else 1
     modules = work.objective.function.module.modules()
     spare = work.recipe.spare and any(isinstance(m, nn.modules.conv._ConvNd) for m in modules)
-    batched, done = work.small and work.chunk > 1, 0
+    through, done = abreast(linear, chunk, work.used), 0
 
     def share(rows: Tensor) -> Tensor:
-        nonlocal linear, batched, done
+        nonlocal linear, through, done
         if spare and done < PATIENCE <= done + len(rows):
             with suppress(Exception):  # no tracer can follow NumPy, say: what is there is right, and stays
                 linear = _traced(linear, work.objective)
+                through = abreast(linear, chunk, work.used)
                 work.used.add("linearized")
         done += len(rows)
-        if batched and len(rows) > 1:
+        return through(rows)
+
+    return share
+
+
+def abreast(linear: Linear, chunk: int, used: set[str]) -> Share:
+    """`linear` of rows, so many at once, or one by one from when on that turns out to be beyond torch."""
+    together = chunk > 1
+
+    def share(rows: Tensor) -> Tensor:
+        nonlocal together
+        if together and len(rows) > 1:
             try:
-                products = _together(linear, rows, work.chunk)
+                products = _together(linear, rows, chunk)
             except Exception:  # what vmap cannot do, or only in a loop of its own
-                batched = False
+                together = False
             else:
-                work.used.add("batched")
+                used.add("batched")
                 return products
-        work.used.add("retained")
+        used.add("retained")
         return _one_by_one(linear)(rows)
 
     return share

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from curvature.linalg.operator import LinearOperator, Product
 from curvature.linalg.space import Space
+from curvature.objective.check import Health
 from curvature.objective.objective import Objective
 from curvature.objective.passes import Passes
-from curvature.objective.products import Jacobian, jacobian_graph
-from curvature.operators.engine import Memory, budget_of, need_objective, source_of
+from curvature.objective.products import jacobian_graph
+from curvature.operators.engine import Memory, Share, abreast, at_once, budget_of, need_objective, source_of
 
 
 def jacobian(objective: Objective, *, memory: Memory = "auto") -> LinearOperator:
@@ -47,11 +48,12 @@ class JacobianOperator(LinearOperator):
         self.memory: Memory = memory
         self.domain = objective.space
         self.meter = objective.meter
+        self.used: set[str] = set()
 
     @property
     def source(self) -> Mapping[str, Any]:
-        """The function and the fingerprints of model and data."""
-        return source_of("jacobian", self.objective)
+        """The function and the fingerprints of model and data; how products were computed until now."""
+        return {**source_of("jacobian", self.objective), "engines": sorted(self.used)}
 
     @cached_property
     def codomain(self) -> Space:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -62,33 +64,41 @@ class JacobianOperator(LinearOperator):
     def _passes(self) -> Passes:
         health = self.objective.check()
         budget = budget_of(self.memory, self.device)
-        return Passes(self.objective, self._graph, budget=budget, example=health.example_bytes)
+        prepare = partial(self._prepared, budget, health)
+        return Passes(self.objective, prepare, budget=budget, example=health.example_bytes)
 
-    def _graph(self, index: int, batch: Any) -> Jacobian:
-        return jacobian_graph(self.objective, batch)
+    def _prepared(self, budget: float, health: Health, index: int, batch: Any) -> _Rows:
+        J = jacobian_graph(self.objective, batch)
+        chunk, small = at_once(health, batch, budget, self.device)
+        return _Rows(
+            J.outputs.numel(),
+            push=abreast(lambda row: J.push(row).reshape(-1), chunk if small else 1, self.used),
+            pull=abreast(lambda row: J.pull(row.reshape(J.outputs.shape)), chunk if small else 1, self.used),
+        )
 
     @cached_property
     def _sizes(self) -> list[int]:
         """How many outputs each batch has."""
-        return self._passes.each(lambda J: J.outputs.numel())
+        return self._passes.each(lambda J: J.size)
 
     def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k m"]:
-        def pushed(J: Jacobian) -> Tensor:
-            return torch.stack([J.push(row).reshape(-1) for row in rows])
-
-        return torch.cat(self._passes.each(pushed), dim=1)
+        return torch.cat(self._passes.each(lambda J: J.push(rows)), dim=1)
 
     def apply_transposed(self, rows: Float[Tensor, "k m"]) -> Float[Tensor, "k n"]:
         """J^T times each row."""
         pieces = iter(rows.split(self._sizes, dim=1))
-
-        def pulled(J: Jacobian) -> Tensor:
-            return torch.stack([J.pull(row.reshape(J.outputs.shape)) for row in next(pieces)])
-
-        return self._passes.total(pulled)[0]
+        return self._passes.total(lambda J: J.pull(next(pieces)))[0]
 
     def adjoint(self) -> LinearOperator:
         return TransposedJacobian(self)
+
+
+class _Rows(NamedTuple):
+    """J of a batch for rows: `push` maps (k, n) to (k, size) and `pull` back, `size` the number of its outputs."""
+
+    size: int
+    push: Share
+    pull: Share
 
 
 class TransposedJacobian(LinearOperator):

@@ -67,7 +67,8 @@ def ekfac(
 
     Of all matrices with these eigenvectors it is the nearest to the blocks of the Fisher matrix (in Frobenius norm).
     Arguments, blocks and what is exact are as in `kfac`. Terms of one example (tokens) meet in its gradients, with
-    random signs: then "type-2" is an unbiased estimate too.
+    random signs: then "type-2" is an unbiased estimate too. Where factors have equal eigenvalues (zeros, from fewer
+    examples than inputs) their eigenvectors, and with them this matrix, are a choice among many.
 
     George et al. 2018 (arXiv:1806.03884).
     """
