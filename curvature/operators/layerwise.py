@@ -19,8 +19,10 @@ from curvature.linalg.structured import BlockDiagonal, Diagonal
 from curvature.objective.batches import examples, leading, moved, shortened
 from curvature.objective.layers import Call, layer_tape
 from curvature.objective.objective import Objective
+from curvature.objective.params import ParamSpace
 from curvature.objective.passes import Passes, Sums
-from curvature.operators.engine import need_objective, source_of
+from curvature.objective.products import pulled
+from curvature.operators.engine import CHUNK, abreast, need_objective, source_of
 from curvature.operators.layers import Inputs, Layer, Unfollowed, recognised
 from curvature.operators.residuals import FisherKind, Residuals, Signed, likelihood, one_term_each, residuals_of
 
@@ -144,20 +146,20 @@ class Layerwise:
     ) -> Sums:
         """Squared gradients of examples in the parameters without a layer, summed over examples and residuals."""
         params = {name: leaves[name] for name in self.others}
-        sums = Sums({(name, OTHERS): torch.zeros_like(p) for name, p in params.items()})
+        space = ParamSpace.of(params)
+        total = torch.zeros(space.size, dtype=space.dtype, device=space.device)
         for output, cotangents in self._examples(leaves, batch, outputs, residuals, number):
-            for cotangent in cotangents:
-                grads = torch.autograd.grad(
-                    output, list(params.values()), cotangent, retain_graph=True, allow_unused=True
-                )
-                for name, gradient in zip(params, grads, strict=True):
-                    if gradient is not None:
-                        sums[name, OTHERS].addcmul_(gradient, gradient)
-        return sums
+
+            def gradient(cotangent: Tensor, output: Tensor = output) -> Tensor:
+                return pulled(space, list(params.values()), [output], [cotangent])
+
+            chunk = CHUNK if len(output) < len(outputs) else 1  # of one example: calls are what takes time
+            total += abreast(gradient, chunk, set())(torch.stack(cotangents)).square().sum(0)
+        return Sums({(name, OTHERS): square for name, square in space.named(total).items()})
 
     def _examples(
         self, leaves: dict[str, Tensor], batch: Any, outputs: Tensor, residuals: Sequence[Tensor], number: int
-    ) -> Iterator[tuple[Tensor, Iterator[Tensor]]]:
+    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """For each example outputs with a graph, and the cotangents that pull its share of the residuals back.
 
         The outputs are its own where it has the same alone as in the batch: what belongs to an example, and what to
@@ -168,10 +170,10 @@ class Layerwise:
         for rows in torch.arange(len(outputs)).split(len(outputs) // number):
             own = self._outputs(leaves, next(alone, None))
             if own is not None and _agree(own, outputs[rows], tolerance):
-                yield own, (residual[rows] for residual in residuals)
+                yield own, [residual[rows] for residual in residuals]
             else:
                 alone = iter(())  # the others will not agree either
-                yield outputs, (_within(rows, residual) for residual in residuals)
+                yield outputs, [_within(rows, residual) for residual in residuals]
 
     def _outputs(self, leaves: dict[str, Tensor], example: Any) -> Tensor | None:
         """Those of an example alone; None where there is none, or the model does not take it."""
