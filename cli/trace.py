@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from .load import load_operator
-from .options import Output, Positive, Seed, Task
+from .options import Amount, Output, Positive, Seed, Task, Tolerance
 from .output import deliver, prepare
 
 
@@ -14,14 +15,19 @@ def trace(
     /,
     *,
     products: Positive = 32,
-    method: Literal["auto", "hutchinson", "hutch++"] = "auto",
+    rtol: Tolerance | None = None,
+    atol: Amount | None = None,
+    level: Tolerance = 0.95,
+    max_products: Positive = 10_000,
+    max_seconds: Amount = math.inf,
+    method: Literal["auto", "krylov", "hutchinson", "hutch++", "xtrace", "xnystrace"] = "auto",
     seed: Seed = 0,
     task: Task = Task(),
     output: Output = Output(),
 ) -> None:
     """Trace of the Hessian or GGN with its standard error and confidence interval.
 
-    Examples: `curv trace`; `curv trace model.pt --products 99 --operator ggn --format json`.
+    Examples: `curv trace`; `curv trace model.pt --rtol 0.01`; `curv trace model.pt --products 99 --operator ggn`.
 
     Parameters
     ----------
@@ -29,8 +35,18 @@ def trace(
         demo:NAME, a file, a Hugging Face folder, or code; demo:digits when left out.
     products
         Products with the matrix to spend: more make the error bar smaller.
+    rtol
+        Go on until the half-width of the interval is this small, relative to the trace; --products then has no say.
+    atol
+        The same, absolutely.
+    level
+        Of that interval.
+    max_products
+        Where to stop without having reached --rtol or --atol.
+    max_seconds
+        The same in time.
     method
-        Plain Hutchinson, or Hutch++, which takes out the largest eigenvalues first.
+        auto is krylov: a sum over the largest eigenvalues, an average over the rest. hutchinson keeps no vectors.
     seed
         Of the random vectors.
     """
@@ -38,4 +54,5 @@ def trace(
     import curvature as cv
 
     A = load_operator(model, task)
-    deliver(lambda run: cv.trace(A, products=products, method=method, seed=seed, run=run), output, "trace")
+    goal = {"rtol": rtol, "atol": atol, "level": level, "max_products": max_products, "max_seconds": max_seconds}
+    deliver(lambda run: cv.trace(A, products=products, method=method, seed=seed, run=run, **goal), output, "trace")

@@ -181,7 +181,8 @@ class Estimate(Result):
 
     `value` and `stderr` have one shape; `samples` independent draws stand behind them, with `dof` degrees of freedom,
     both 0 when the value is exact. `floor` bounds errors that no repetition shows (rounding of the operator's dtype,
-    the resolution of a spectrum) and is added to every interval.
+    the resolution of a spectrum) and is added to every interval. `converged` says whether a tolerance was reached, None
+    where none was asked for.
     """
 
     value: Tensor
@@ -189,6 +190,7 @@ class Estimate(Result):
     samples: int
     dof: float
     floor: float | Tensor = 0.0
+    converged: bool | None = None
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """The confidence interval at `level`: Student's t with `dof` degrees of freedom, and the rounding floor."""
@@ -208,6 +210,7 @@ class Estimate(Result):
             label: with_error(self.value.item(), self.stderr.item()),
             "95 % interval": f"[{low:.5g}, {high:.5g}]",
             "samples": str(self.samples),
+            **({} if self.converged is None else {"tolerance": "reached" if self.converged else "not reached"}),
         }
 
     def __float__(self) -> float:

@@ -20,9 +20,9 @@ from curvature.result import LISTED, SCHEMA, student_quantile, versions, with_er
 MATRIX = rotated(torch.cat([tensor(9, 8.9, -4), linspace(-1, 1, 57)]))
 
 
-def interrupted(question, **options):
+def interrupted(question, *, after: int = 5, **options):
     A = free(MATRIX)
-    A.function = Stopping(5, A.function)
+    A.function = Stopping(after, A.function)
     with pytest.raises(cv.Interrupted) as stop:
         question(A, **options)
     return stop.value.result
@@ -32,7 +32,7 @@ KINDS = {
     "exact estimate": lambda: cv.trace(cv.Diagonal(tensor(1, 2))),
     "estimate": lambda: cv.trace(free(MATRIX), products=20, seed=5),
     "estimates": lambda: cv.spectral_density(free(MATRIX), steps=4).cdf(tensor(-1, 0, 1)),
-    "interrupted estimate": lambda: interrupted(cv.trace, products=59),
+    "interrupted estimate": lambda: interrupted(cv.trace, after=8, products=59),
     "pairs": lambda: cv.eigsh(free(MATRIX), 3),
     "large pairs": lambda: cv.eigsh(free(MATRIX), 20),
     "float32 pairs": lambda: cv.eigsh(free(MATRIX.float()), 2),

@@ -80,11 +80,15 @@ class Measurement:
 
     def exact(self, value: Tensor, floor: float = 0.0) -> Estimate:
         """The result of a measurement that took no samples; `floor` bounds its rounding."""
+        return self.estimate(value, torch.zeros(()), samples=0, dof=0, floor=floor)
+
+    def estimate(self, value: Tensor, stderr: Tensor, *, samples: int, dof: float, floor: float) -> Estimate:
+        """The result that so many samples amount to."""
         return Estimate(
             value=value.cpu(),
-            stderr=torch.zeros((), dtype=torch.float64),
-            samples=0,
-            dof=0,
+            stderr=stderr.double().cpu(),
+            samples=samples,
+            dof=dof,
             floor=floor,
             cost=self.cost,
             origin=self.origin,

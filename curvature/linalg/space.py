@@ -38,6 +38,10 @@ class Space:
             total += u[:, piece].double() @ v[:, piece].double().T
         return total
 
+    def diagonal(self, u: Float[Tensor, "k n"], v: Float[Tensor, "k n"]) -> Float[Tensor, " k"]:
+        """The inner products u_i . v_i, likewise."""
+        return torch.stack([self.inner(a[None], b[None])[0, 0] for a, b in zip(u, v, strict=True)])
+
     def norms(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, " k"]:
         """Euclidean norm of each row, accumulated in float64."""
         if rows.dtype == torch.float64:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvature.linalg.operator import LinearOperator
+from curvature.linalg.operator import Identity, LinearOperator, Scaled, Sum
 from curvature.linalg.space import Space
 
 
@@ -166,6 +166,33 @@ class BlockDiagonal(LinearOperator):
         if self.symmetric:
             return self
         return BlockDiagonal({name: block.adjoint() for name, block in self.blocks.items()}, self.places, self.domain)
+
+
+def known_trace(A: LinearOperator) -> Tensor | None:
+    """The trace where the structure of A tells it."""
+    match A:
+        case Diagonal():
+            return A.entries.double().sum()
+        case Dense():
+            return A.matrix.diagonal().double().sum()
+        case Identity():
+            return torch.tensor(float(A.shape[0]), dtype=torch.float64)
+        case Kronecker():
+            return (_traces(A.left) * _traces(A.right)).sum()
+        case Spectral():
+            return A.values.double().sum()
+        case BlockDiagonal() | Sum():
+            traces = [known_trace(part) for part in A.parts]
+            return sum((t for t in traces if t is not None), torch.zeros(())) if None not in traces else None
+        case Scaled():
+            return None if (known := known_trace(A.parts[0])) is None else A.scale * known
+        case _:
+            return None
+
+
+def _traces(factor: Tensor) -> Tensor:
+    """The trace of a factor of a Kronecker product, or of each in a stack."""
+    return factor.double().sum() if factor.ndim == 1 else factor.double().diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def _is_factor(factor: Tensor) -> bool:

@@ -141,9 +141,8 @@ def shortened(batch: Any, kept: int) -> Any:
     return mapped(cut, batch)
 
 
-def examples(batch: Any) -> Iterator[Any]:
-    """The examples of a batch, each as a batch of one; what has no axis of their number belongs to all."""
-    length = leading(batch) or 0
+def examples(batch: Any, length: int) -> Iterator[Any]:
+    """The examples of a batch, so many, each as a batch of one; what has no axis of their number belongs to all."""
 
     def cut(leaf: Any, index: int) -> Any:
         own = _has_axis(leaf) and len(leaf) == length and not _is_sparse(leaf)

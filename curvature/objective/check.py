@@ -143,8 +143,15 @@ def _probe(objective: Objective, batch: Any) -> tuple[tuple[str, ...], float, li
     """The unused parameters; how far the Hessian of the batch is from symmetric, 0 where rounding explains it; and the
     bytes of each tensor that the graph of its gradient holds."""
     space = objective.space
-    with objective.randomness(), _saved_bytes() as held:
-        leaves, grads = gradient_graph(objective, batch)
+    try:
+        with objective.randomness(), _saved_bytes() as held:
+            leaves, grads = gradient_graph(objective, batch)
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+        held = {}  # a loss that calls torch.func allows no such look at its graph
+        with objective.randomness():
+            leaves, grads = gradient_graph(objective, batch)
     if all(g is None for g in grads):
         raise BadObjective(
             "The loss does not depend on the selected parameters.",

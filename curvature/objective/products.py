@@ -75,7 +75,7 @@ def jacobian_graph(objective: Objective, batch: Any) -> Jacobian:
     space, leaves = objective.space, objective.leaves()
     inputs = list(leaves.values())
     outputs, targets = objective.outputs(leaves, batch)
-    cotangent = torch.zeros_like(outputs, requires_grad=True)
+    cotangent = torch.ones_like(outputs, requires_grad=True)  # anywhere but at 0, which backwards may treat apart
     transposed: Sequence[Tensor | None] = [None] * len(inputs)
     if outputs.requires_grad:
         transposed = torch.autograd.grad(outputs, inputs, cotangent, create_graph=True, allow_unused=True)

@@ -23,6 +23,7 @@ from curvature.linalg.operator import LinearOperator
 from curvature.objective.batches import leading
 from curvature.objective.check import Health
 from curvature.objective.objective import Objective
+from curvature.objective.params import ParamSpace
 from curvature.objective.passes import Passes
 
 Engine = Literal["auto", "retained", "batched", "recomputed", "linearized", "compiled", "forward"]
@@ -121,6 +122,8 @@ class ObjectiveOperator(LinearOperator):
 
     def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
         health = self.objective.check()
+        if len(rows) == 0:
+            return torch.empty_like(rows)
         if self._passes is None:
             held = 0.0 if self.engine in ("recomputed", "forward") else health.example_bytes
             budget = budget_of(self.memory, self.device)
@@ -130,7 +133,7 @@ class ObjectiveOperator(LinearOperator):
         return products.add_(rows, alpha=self.l2) if self.l2 else products
 
     def _share(self, budget: float, health: Health, index: int, batch: Any) -> Share:
-        chunk, small = at_once(health, batch, budget, self.device)
+        chunk, small = at_once(health, batch, budget, self.objective.space)
         return ENGINES[self.engine](Work(self.recipe, self.objective, index, batch, chunk, small, self.used))
 
 
@@ -148,13 +151,15 @@ def budget_of(memory: Memory, device: torch.device) -> float:
     return SHARE * (free_bytes(device) or 0) if memory == "auto" else memory
 
 
-def at_once(health: Health, batch: Any, budget: float, device: torch.device) -> tuple[int, bool]:
-    """How many vectors fit into `budget` bytes on their way through the graph of a batch; and whether its tensors are
-    so small that computing with one takes no longer than calling for it."""
+def at_once(health: Health, batch: Any, budget: float, space: ParamSpace) -> tuple[int, bool]:
+    """How many vectors fit into `budget` bytes on their way through the graph of a batch; and whether its tensors and
+    the parameters are so small that computing with one takes no longer than calling for it."""
     examples = leading(batch) or 1
     graph = health.example_bytes * examples  # the memory of one vector's backward pass, about
     chunk = int(min(max(budget / graph, 1), CHUNK)) if graph else CHUNK
-    return chunk, health.example_tensor * examples <= SMALL.get(device.type, SMALL["other"])
+    small = SMALL.get(space.device.type, SMALL["other"])
+    largest = max(shape.numel() for shape in space.shapes) * torch.empty(0, dtype=space.dtype).element_size()
+    return chunk, health.example_tensor * examples <= small and largest <= 2 * small
 
 
 def source_of(name: str, objective: Objective) -> dict[str, Any]:
@@ -235,7 +240,7 @@ def abreast(linear: Linear, chunk: int, used: set[str]) -> Share:
         nonlocal together
         if together and len(rows) > 1:
             try:
-                products = _together(linear, rows, chunk)
+                products = _together(linear, rows, chunk, strict=True)
             except Exception:  # what vmap cannot do, or only in a loop of its own
                 together = False
             else:
@@ -263,10 +268,12 @@ def _one_by_one(linear: Linear) -> Share:
     return lambda rows: linear(rows[0]).unsqueeze(0) if len(rows) == 1 else torch.stack([linear(row) for row in rows])
 
 
-def _together(linear: Linear, rows: Tensor, chunk: int) -> Tensor:
+def _together(linear: Linear, rows: Tensor, chunk: int, *, strict: bool = False) -> Tensor:
+    """`linear` of rows by vmap, so many at once; `strict` if a loop that vmap makes inside, slower than ours, is an
+    error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.script", category=DeprecationWarning)  # torch's own use
-        warnings.filterwarnings("error", message="There is a performance drop")  # a loop inside, slower than ours
+        warnings.filterwarnings("error" if strict else "ignore", message="There is a performance drop")
         return torch.vmap(linear, randomness="same", chunk_size=chunk)(rows)
 
 

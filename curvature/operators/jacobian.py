@@ -69,7 +69,7 @@ class JacobianOperator(LinearOperator):
 
     def _prepared(self, budget: float, health: Health, index: int, batch: Any) -> _Rows:
         J = jacobian_graph(self.objective, batch)
-        chunk, small = at_once(health, batch, budget, self.device)
+        chunk, small = at_once(health, batch, budget, self.objective.space)
         return _Rows(
             J.outputs.numel(),
             push=abreast(lambda row: J.push(row).reshape(-1), chunk if small else 1, self.used),

@@ -84,7 +84,7 @@ def ekfac(
         inputs = inputs.projected(inner)
         return {}, lambda cotangents: {"squares": inputs.squares(torch.einsum("nrgo,gop->nrgp", cotangents, outer))}
 
-    moments, _ = seen.means(see, others=False)
+    moments, _ = seen.means(see, again=True)
     corrected = {name: Spectral(moments[name]["squares"], basis.U, basis.V) for name, basis in bases.items()}
     return seen.assembled({**blocks, **corrected}, squares, sharing=sharing)
 
@@ -117,7 +117,7 @@ def _block(layer: Layer, means: Mapping[str, Tensor], objective: Objective) -> K
         return Kronecker(one.expand(groups, 1, 1), means["whole"], psd=True)
     size = right if layer.kind.transposed else left
     outer = means.get("outer", one.expand(size) if groups == 1 else torch.eye(size).to(one).expand(groups, size, size))
-    inner = (means["inner"] / means["positions"]).to(one.dtype)
+    inner = (means["inner"] / (means["positions"] or 1)).to(one.dtype)  # an embedding may see padding alone
     return Kronecker(*((inner, outer) if layer.kind.transposed else (outer, inner)), psd=True)
 
 

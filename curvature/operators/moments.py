@@ -21,7 +21,7 @@ def ggn_diagonal(objective: Objective, *, fisher: FisherKind = "type-2", samples
 
     Dangel, Kunstner & Hennig 2020 (arXiv:1912.10985), diagonals from per-example gradients.
     """
-    seen = Layerwise("ggn_diagonal", objective, fisher, samples=samples, seed=seed, apart=True)
+    seen = Layerwise("ggn_diagonal", objective, fisher, samples=samples, seed=seed, exact=True)
 
     def see(layer: Layer, inputs: Inputs) -> Seen:
         return {}, lambda cotangents: {"squares": inputs.squares(cotangents)}

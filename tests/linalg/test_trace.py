@@ -10,8 +10,9 @@ import torch
 from matrices import Stopping, free, linspace, rotated, tensor
 
 import curvature as cv
+from curvature.linalg.deflation import controlled, derived
 
-METHODS = pytest.mark.parametrize("method", ["hutchinson", "hutch++"])
+METHODS = pytest.mark.parametrize("method", ["hutchinson", "hutch++", "krylov", "xtrace"])
 
 N = 120
 SPECTRA = {
@@ -69,7 +70,7 @@ def test_the_truth_is_in_the_wide_interval_and_the_interval_is_not_absurd(name, 
         estimate = cv.trace(free(matrix), products=33, method=method, seed=seed)
         assert inside(estimate, exact(matrix), 0.9999)
         assert float(estimate.stderr) < 3 * (2 / estimate.samples) ** 0.5 * frobenius
-        assert estimate.cost.products == 33
+        assert estimate.cost.products == (32 if method == "xtrace" else 33)
 
 
 def test_hutchinson_has_the_variance_of_the_formula():
@@ -103,13 +104,15 @@ def test_hutchinson_halves_its_error_for_four_times_the_products():
 
 def coverage(name: str, method: str, *, products: int, seeds: int) -> float:
     matrix = rotated(SPECTRA[name])
-    estimates = (cv.trace(free(matrix), products=products, method=method, seed=seed) for seed in range(seeds))
+    A = free(matrix)
+    A.psd = method == "xnystrace"
+    estimates = (cv.trace(A, products=products, method=method, seed=seed) for seed in range(seeds))
     return sum(inside(estimate, exact(matrix)) for estimate in estimates) / seeds
 
 
 @METHODS
 def test_the_95_percent_interval_holds_the_truth_as_often_as_it_says(method):
-    assert 0.90 <= coverage("polynomial", method, products=32, seeds=200) <= 0.99
+    assert 0.91 <= coverage("polynomial", method, products=32, seeds=200) <= 1
 
 
 @pytest.mark.slow
@@ -121,7 +124,8 @@ def test_coverage_table():
     table = {
         f"{name}, {method}": coverage(name, method, products=32, seeds=3000)
         for name in SPECTRA
-        for method in ("hutchinson", "hutch++")
+        for method in ("hutchinson", "hutch++", "krylov", "xtrace", "xnystrace")
+        if method != "xnystrace" or (SPECTRA[name] > 0).all()
     }
     FIGURES.parent.mkdir(parents=True, exist_ok=True)
     FIGURES.write_text(
@@ -129,7 +133,7 @@ def test_coverage_table():
     )
     print(json.dumps(table, indent=1))  # noqa: T201
     for row, share in table.items():
-        assert 0.91 <= share <= 0.99, row
+        assert share >= 0.938, row
 
 
 def test_hutch_plus_plus_is_far_better_when_few_eigenvalues_carry_the_trace():
@@ -138,7 +142,9 @@ def test_hutch_plus_plus_is_far_better_when_few_eigenvalues_carry_the_trace():
         cv.trace(free(matrix), products=48, method=method, seed=1) for method in ("hutchinson", "hutch++")
     )
     assert float(deflated.stderr) < float(plain.stderr) / 10
-    assert cv.trace(free(matrix), products=48, seed=1).value == deflated.value  # and it is the default
+    default = cv.trace(free(matrix), products=48, seed=1)
+    assert default.stderr < deflated.stderr
+    assert default.value == cv.trace(free(matrix), products=48, seed=1, method="krylov").value
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -163,9 +169,10 @@ def test_the_zero_operator_has_trace_zero():
 def test_few_products_leave_at_least_two_samples(method, products, deflated):
     matrix = rotated(SPECTRA["flat"])
     estimate = cv.trace(free(matrix), products=products, method=method)
-    assert estimate.samples == (deflated if method == "hutch++" else products)
-    assert estimate.dof == estimate.samples - 1
-    assert estimate.cost.products == products
+    if method in ("hutchinson", "hutch++"):
+        assert estimate.samples == (deflated if method == "hutch++" else products)
+    assert estimate.samples >= 2 and 1 <= estimate.dof < estimate.samples
+    assert estimate.cost.products == (max(4, products // 2 * 2) if method == "xtrace" else products)
     assert inside(estimate, exact(matrix), 0.9999)
 
 
@@ -218,12 +225,12 @@ def test_a_seed_gives_the_same_bits(method):
 def test_an_interrupt_returns_the_mean_so_far(method):
     matrix = rotated(SPECTRA["flat"])
     A = free(matrix)
-    A.function = Stopping(8 if method == "hutch++" else 3, A.function)
+    A.function = Stopping({"hutch++": 8, "krylov": 17}.get(method, 3), A.function)
     with pytest.raises(cv.Interrupted) as stop:
         cv.trace(A, products=118, method=method)
     estimate = stop.value.result
     assert isinstance(stop.value, KeyboardInterrupt) and not estimate.complete
-    assert 2 <= estimate.samples < 118 and estimate.dof == estimate.samples - 1
+    assert 2 <= estimate.samples < 118 and 1 <= estimate.dof < estimate.samples
     assert inside(estimate, exact(matrix), 0.9999)
 
 
@@ -258,7 +265,7 @@ def test_progress_counts_every_product_up_to_the_last(method, products):
         free(rotated(SPECTRA["flat"])), products=products, method=method, run=cv.Run(progress=seen.append)
     )
     done = [progress.done for progress in seen]
-    assert done == sorted(done) and done[0] <= 16
+    assert done == sorted(done) and done[0] <= 32
     assert done[-1] == seen[-1].total == estimate.cost.products == min(products, N)
     assert {(progress.question, progress.unit) for progress in seen} == {("trace", "products")}
     assert seen[-1].note == f"trace {float(estimate):.5g}"
@@ -269,9 +276,155 @@ def test_progress_counts_every_product_up_to_the_last(method, products):
     [
         ({"products": 1}, "An error bar needs at least 2 products, but got products=1."),
         ({"products": 0}, "An error bar needs at least 2 products, but got products=0."),
-        ({"method": "xtrace"}, r"method is 'auto', 'hutchinson' or 'hutch\+\+', but got 'xtrace'."),
+        ({"method": "lanczos"}, r"method is one of auto, krylov, .*, but got 'lanczos'."),
     ],
 )
 def test_options_without_sense_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         cv.trace(free(rotated(SPECTRA["flat"])), **options)
+
+
+def test_xnystrace_is_for_psd_matrices():
+    matrix = rotated(SPECTRA["polynomial"])
+    A = free(matrix)
+    with pytest.raises(ValueError, match="xnystrace is for positive semidefinite matrices"):
+        cv.trace(A, method="xnystrace")
+    A.psd = True
+    for seed in range(10):
+        estimate = cv.trace(A, products=24, method="xnystrace", seed=seed)
+        assert inside(estimate, exact(matrix), 0.9999) and estimate.cost.products == estimate.samples == 24
+    liar = free(rotated(SPECTRA["near-cancelling"]))
+    liar.psd = True
+    with pytest.raises(ValueError, match="says that it is psd, but is not"):
+        cv.trace(liar, method="xnystrace")
+
+
+@pytest.mark.parametrize("method", ["xtrace", "xnystrace"])
+def test_exchangeable_estimates_are_those_of_their_definition(method):
+    """Each vector left out of the sketch in turn, the obvious way."""
+    matrix = rotated(SPECTRA["exponential"])
+    A = free(matrix)
+    A.psd, n = True, N
+    count = 8
+    probes = A.domain.draw(count, seed=5, kind="sphere")
+    values = []
+    for left in range(count):
+        rest = torch.cat([probes[:left], probes[left + 1 :]])
+        z = probes[left]
+        if method == "xtrace":
+            Q = torch.linalg.qr((rest @ matrix).T)[0]
+            outside = z - Q @ (Q.T @ z)
+            scale = (n - count + 1) / (outside @ outside)
+            values.append((Q.T @ matrix @ Q).trace() + scale * (outside @ matrix @ outside))
+        else:
+            Y = rest @ matrix
+            nystrom = Y.T @ torch.linalg.solve(rest @ Y.T, Y)
+            along = z - rest.T @ torch.linalg.lstsq(rest.T, z).solution
+            scale = (n - count + 1) / (along @ along)
+            values.append(nystrom.trace() + scale * (z @ (matrix - nystrom) @ z))
+    estimate = cv.trace(A, products=count * (2 if method == "xtrace" else 1), method=method, seed=5)
+    expected = torch.stack(values)
+    inflation = {"xtrace": 2.0, "xnystrace": 2.5}[method]
+    assert float(estimate) == pytest.approx(float(expected.mean()), rel=1e-6)
+    assert float(estimate.stderr) == pytest.approx(inflation * float(expected.std()) / count**0.5, rel=1e-4)
+
+
+def test_krylov_is_the_trace_on_its_space_and_a_mean_over_the_rest():
+    matrix = rotated(SPECTRA["exponential"])
+    estimate = cv.trace(free(matrix), products=24, seed=3, method="krylov")
+    space = cv.Space(N, torch.float64)
+    rows = space.draw(4, seed=derived(3), kind="sphere")
+    Q = torch.linalg.qr(torch.cat([rows, rows @ matrix, rows @ matrix @ matrix]).T)[0]
+    probes = space.draw(12, seed=3)
+    probes = probes - probes @ Q @ Q.T
+    forms = ((probes @ matrix) * probes).sum(1)
+    assert float(estimate) == pytest.approx(float((Q.T @ matrix @ Q).trace() + forms.mean()), rel=1e-9)
+    assert float(estimate.stderr) == pytest.approx(float(forms.std()) / 12**0.5, rel=1e-6)
+    assert (estimate.samples, estimate.dof) == (12, pytest.approx(11 / 3))
+
+
+@pytest.mark.parametrize("method", ["krylov", "hutch++", "hutchinson", "xtrace"])
+def test_a_tolerance_is_reached_and_said_to_be(method):
+    matrix = rotated(SPECTRA["polynomial"])
+    truth = exact(matrix)
+    estimate = cv.trace(free(matrix), rtol=0.2, method=method, seed=2)
+    low, high = (float(bound) for bound in estimate.interval())
+    assert estimate.converged and (high - low) / 2 <= 0.2 * truth * 1.05 and abs(float(estimate) - truth) < 0.2 * truth
+    assert estimate.cost.products >= 24 and ("reached" in str(estimate) or estimate.dof == 0)
+    tight = cv.trace(free(matrix), atol=1e-3, method=method, max_products=60, seed=2)
+    low, high = (float(bound) for bound in tight.interval())
+    assert tight.cost.products <= 60 and tight.converged is ((high - low) / 2 <= 1e-3)
+    assert cv.trace(free(matrix), products=30, method=method).converged is None
+
+
+def test_a_tolerance_that_needs_all_products_gives_the_exact_trace():
+    matrix = rotated(SPECTRA["flat"])
+    estimate = cv.trace(free(matrix), rtol=1e-9)
+    assert estimate.converged and estimate.dof == 0 and float(estimate) == pytest.approx(exact(matrix), rel=1e-12)
+
+
+def test_time_is_a_limit_too():
+    estimate = cv.trace(free(rotated(SPECTRA["near-cancelling"])), rtol=1e-3, max_seconds=1e-9)
+    assert estimate.converged is False and estimate.cost.products == 24
+
+
+@pytest.mark.parametrize("method", ["krylov", "hutch++"])
+def test_what_grows_with_the_budget_costs_no_product_twice(method):
+    """An estimate that was looked at on the way is the one of its last look."""
+    matrix = rotated(SPECTRA["exponential"])
+    grown = cv.trace(free(matrix), atol=1e-12, max_products=54, method=method, seed=1)
+    assert grown.cost.products == 54
+    assert inside(grown, exact(matrix), 0.999)
+    fixed = cv.trace(free(matrix), products=54, method=method, seed=1)
+    if method == "krylov":  # the same space and the same vectors, projected in another order
+        assert float(grown) == pytest.approx(float(fixed), rel=1e-6)
+
+
+def test_a_control_variate_takes_away_what_it_has_in_common():
+    matrix = rotated(torch.cat([linspace(5, 20, 60), linspace(0, 1, 60)]))
+    control = cv.Dense(matrix + 0.05 * rotated(linspace(-1, 1, N), seed=7), psd=True)
+    truth = exact(matrix)
+    for method in ("hutchinson", "krylov", "hutch++"):
+        plain = cv.trace(free(matrix), products=40, method=method, seed=4)
+        helped = cv.trace(free(matrix), products=40, method=method, seed=4, control=control)
+        assert float(helped.stderr) < float(plain.stderr) / 20
+        assert inside(helped, truth, 0.9999) and helped.cost.products == 40
+    hits = sum(
+        inside(cv.trace(free(matrix), products=24, seed=s, method="hutchinson", control=control), truth)
+        for s in range(200)
+    )
+    assert hits / 200 >= 0.91
+    useless = cv.Dense(torch.eye(N, dtype=torch.float64), psd=True)
+    assert inside(cv.trace(free(matrix), control=useless), truth, 0.9999)
+
+
+def test_the_mean_of_controlled_samples_is_unbiased():
+    generator = torch.Generator().manual_seed(0)
+    control = torch.randn(4000, 5, generator=generator, dtype=torch.float64)
+    samples = 3 + control.exp() - torch.e**0.5  # a nonlinear relation: any slope from all samples would be biased
+    means = torch.stack([controlled(s, c).mean() for s, c in zip(samples, control, strict=True)])
+    assert abs(float(means.mean()) - 3) < 4 * float(means.std()) / 4000**0.5
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"control": free(torch.eye(N, dtype=torch.float64))}, "A control variate needs an exact trace"),
+        ({"control": cv.Identity(cv.Space(N, torch.float64)), "method": "xtrace"}, "xtrace takes no control variate"),
+        ({"rtol": -1.0}, "rtol is a positive number, but got -1.0"),
+        ({"rtol": 0.1, "level": 2}, "A confidence level lies between 0 and 1"),
+        ({"rtol": 0.1, "max_products": 1}, "An error bar needs at least 2 products, but got max_products=1"),
+        ({"rtol": 0.1, "max_seconds": 0}, "max_seconds is a positive number"),
+    ],
+)
+def test_goals_and_controls_without_sense_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        cv.trace(free(rotated(SPECTRA["flat"])), **options)
+
+
+def test_the_vectors_of_basis_and_probes_have_nothing_in_common():
+    """torch's generators read 32 bits of a seed: an offset beyond them would give the same numbers."""
+    space = cv.Space(1000, torch.float64)
+    for seed in (0, 1, 2**40):
+        first, second = space.draw(1, seed=seed), space.draw(1, seed=derived(seed))
+        assert abs(float(space.inner(first, second))) < 5 * 1000**0.5

@@ -224,3 +224,71 @@ def test_auto_takes_vectors_one_by_one_where_vmap_cannot(matrix):
     for _ in range(2):
         torch.testing.assert_close(A.apply(rows), expected, rtol=1e-12, atol=1e-14)
     assert A.source["engines"] == ["retained"]
+
+
+def test_large_parameters_are_not_sent_together():
+    """Tables of embeddings are not in the graph, and still in every product."""
+    module = nn.Sequential(nn.Embedding(300_000, 4), nn.Flatten(), nn.Linear(8, 2))
+    data = torch.randint(0, 300_000, (4, 2)), torch.randint(0, 2, (4,))
+    A = cv.ggn(cv.Objective.of(module, "cross-entropy", data))
+    A.apply(A.domain.draw(2, seed=0))
+    assert A.source["engines"] == ["retained"]
+
+
+class LogCumSum(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.logcumsumexp(1)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("engine", ["auto", "retained", "batched", "forward"])
+@pytest.mark.parametrize("odd", [LogCumSum(), nn.Mish()], ids=lambda m: type(m).__name__)
+@MATRICES
+def test_backwards_that_are_special_at_zero_or_unknown_to_vmap_are_right(matrix, odd, engine):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), odd, nn.Linear(4, 2)).double()
+    objective = cv.Objective.of(module, "mse", (torch.randn(5, 3).double(), torch.randn(5, 2).double()))
+    with torch.random.fork_rng():
+        dense = matrix(objective, engine="retained").dense()
+        J = torch.cat([j.flatten(2) for j in jacobian(module, objective)], 2).flatten(0, 1)
+    if matrix is cv.ggn:
+        torch.testing.assert_close(dense, 2 * J.T @ J / 10, rtol=1e-9, atol=1e-12)
+    try:
+        products = matrix(objective, engine=engine).dense()
+    except cv.BadObjective as refusal:  # forward derivatives of it are not there
+        assert engine == "forward" and "performance drop" not in str(refusal)
+    else:
+        torch.testing.assert_close(products, dense, rtol=1e-9, atol=1e-12)
+
+
+def jacobian(module: nn.Module, objective: cv.Objective) -> list[torch.Tensor]:
+    (batch,) = objective.batches
+
+    def outputs(*params: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(module, dict(zip(objective.space.names, params, strict=True)), (batch[0],))
+
+    return list(torch.autograd.functional.jacobian(outputs, tuple(objective.params.values())))
+
+
+def test_losses_that_call_torch_func_have_a_hessian():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+    def force(module: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return torch.func.vmap(torch.func.grad(lambda x: module(x)[0]))(batch).square().mean()
+
+    x = torch.randn(5, 2).double()
+    objective = cv.Objective.from_loss(net, force, x)
+    H, params = cv.hessian(objective).dense(), dict(net.named_parameters())
+
+    def loss(flat: torch.Tensor) -> torch.Tensor:
+        own = objective.space.named(flat)
+        return torch.func.vmap(torch.func.grad(lambda x: torch.func.functional_call(net, own, x)[0]))(x).square().mean()
+
+    flat = torch.cat([p.detach().reshape(-1) for p in params.values()])
+    torch.testing.assert_close(H, torch.func.hessian(loss)(flat), rtol=1e-9, atol=1e-12)
+
+
+def test_no_rows_have_no_products():
+    A = cv.hessian(zoo()[0].objective())
+    assert A.apply(A.domain.empty).shape == (0, A.shape[0])

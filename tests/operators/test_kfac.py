@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from untouched import untouched
 
 import curvature as cv
+from curvature.operators import layerwise
 
 ZOO = pytest.mark.parametrize("case", zoo(), ids=str)
 
@@ -364,7 +367,7 @@ class Crossed(nn.Module):
 
 
 def test_layers_that_see_other_axes_first_are_found_out():
-    objective = of(Crossed().double(), torch.randn(4, 6, 3).double())
+    objective = of(Crossed().double(), torch.randn(4, 8, 3).double())
     A = cv.ekfac(objective, fisher="type-2")
     assert set(A.source["diagonal"].values()) == {"its layer mixes examples"}
     torch.testing.assert_close(
@@ -674,3 +677,220 @@ def test_factors_that_do_not_fit_are_refused_before_the_data_are_read(monkeypatc
         cv.kfac(objective)
     assert objective.meter.passes == reads
     assert cv.kfac(objective.narrowed("0.*")).blocks
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def is_exact(objective: cv.Objective) -> None:
+    dense = cv.ggn(objective).dense().diagonal()
+    assert relative(cv.ggn_diagonal(objective).entries, dense) < 1e-9
+
+
+class Gated(nn.Module):
+    """A branch that begins with a factor of zero, as ReZero, LayerScale and LoRA have it: outputs do not show it."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.into, self.branch, self.out = nn.Linear(4, 5), branch, nn.Linear(5, 3)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        return self.out(x + self.gate * self.branch(torch.tanh(x)))
+
+
+class Centred(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize("branch", [nn.Dropout(0.3), nn.BatchNorm1d(5), Centred()], ids=lambda b: type(b).__name__)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_examples_that_meet_where_outputs_do_not_show_it_go_with_their_batch(branch, mode):
+    torch.manual_seed(0)
+    is_exact(of(Gated(branch).double(), torch.randn(6, 4).double(), "cross-entropy", mode=mode))
+
+
+class Graphs(nn.Module):
+    """Nodes of graphs that are added up: what an example is, the first few rows do not tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.node, self.out = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, graph: Tensor) -> Tensor:
+        h = torch.tanh(self.node(x))
+        return self.out(h.new_zeros(int(graph.max()) + 1, 5).index_add(0, graph, h))
+
+
+@pytest.mark.parametrize("sizes", [(3, 5), (4, 4), (3, 4, 5)], ids=str)
+def test_rows_of_several_lengths_are_not_taken_for_examples(sizes):
+    torch.manual_seed(0)
+    graph = torch.cat([torch.full((size,), index) for index, size in enumerate(sizes)])
+    batch = (torch.randn(len(graph), 4).double(), graph, torch.randint(0, 3, (len(sizes),)))
+    is_exact(cv.Objective.of(Graphs().double(), "cross-entropy", [batch]))
+
+
+class Unpadded(nn.Module):
+    """Only tokens that the mask keeps go through the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.out = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = torch.zeros_like(x)
+        h[mask] = torch.tanh(self.layer(x[mask]))
+        return self.out(h.sum(1))
+
+
+@pytest.mark.parametrize("lengths", [((4, 4, 4), (4, 1, 1)), ((3, 3, 3), (4, 3, 2))], ids=str)
+def test_layers_that_see_other_tokens_in_a_later_batch_are_found_out(lengths):
+    torch.manual_seed(0)
+    masks = [torch.arange(4)[None] < torch.tensor(own)[:, None] for own in lengths]
+    batches = [(torch.randn(3, 4, 3).double(), mask, torch.randint(0, 2, (3,))) for mask in masks]
+    is_exact(cv.Objective.of(Unpadded().double(), "cross-entropy", batches))
+
+
+class Sometimes(nn.Module):
+    """A layer whose weight some batches use without it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        return self.out(torch.tanh(F.linear(h, self.first.weight, self.first.bias)) if x.sum() > 50 else h)
+
+
+def test_a_weight_that_a_later_batch_uses_without_its_layer_is_found_out():
+    torch.manual_seed(0)
+    x = torch.randn(8, 3).double()
+    objective = of(Sometimes().double(), torch.cat([x[:4], x[4:] + 9]), "cross-entropy", sizes=(4, 4))
+    is_exact(objective)
+    assert list(cv.kfac(objective).source["diagonal"]) == ["first.weight", "first.bias"]
+
+
+class Groups(nn.Module):
+    """Examples see others of their group; the first is alone in its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        group = torch.tensor([0, 1, 1, 1, 2, 2])
+        near = (group[:, None] == group).to(x.dtype)
+        return self.out(near @ torch.tanh(self.first(x)))
+
+
+def test_examples_that_meet_are_found_wherever_they_are():
+    torch.manual_seed(0)
+    objective = of(Groups().double(), torch.randn(6, 3).double(), "cross-entropy")
+    is_exact(objective)
+    assert set(cv.ekfac(objective).source["diagonal"].values()) == {"its layer mixes examples"}
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(5), nn.GroupNorm(1, 5)], ids=lambda n: type(n).__name__)
+def test_the_diagonal_is_exact_in_training_mode_too(norm):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 5), norm, nn.Tanh(), nn.Dropout(0.2), nn.Linear(5, 3)).double()
+    is_exact(of(module, torch.randn(6, 4).double(), "cross-entropy", mode="train"))
+
+
+class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(7, 4), nn.Embedding(5, 4)
+        self.layer, self.out = nn.Linear(4, 4), nn.Linear(4, 7)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.layer(self.tokens(input_ids) + self.places(position_ids))))
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_the_order_of_the_inputs_has_no_influence(sharing):
+    torch.manual_seed(0)
+    module, ids = Positions().double(), torch.randint(0, 7, (6, 5))
+    own, shared, labels = {"input_ids": ids}, {"position_ids": torch.arange(5)[None]}, {"labels": ids.roll(1, 1)}
+    first, second = (
+        cv.kfac(cv.Objective.of(module, cv.CrossEntropy(axis=-1), [batch]), fisher="empirical", sharing=sharing)
+        for batch in ({**own, **shared, **labels}, {**shared, **own, **labels})
+    )
+    torch.testing.assert_close(first.dense(), second.dense(), rtol=1e-12, atol=1e-14)
+
+
+class Dropped(nn.Module):
+    """A layer that is left out in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maybe, self.out = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x if self.training else self.maybe(x))
+
+
+@pytest.mark.parametrize("make", [cv.kfac, cv.ekfac])
+def test_layers_that_no_batch_calls_are_listed(make):
+    objective = of(Dropped().double(), torch.randn(6, 3).double(), "cross-entropy", mode="train")
+    A = make(objective)
+    assert A.source["diagonal"] == dict.fromkeys(["maybe.weight", "maybe.bias"], "its layer is never called")
+    assert not A.blocks["maybe.weight"].entries.any()
+    is_exact(objective)
+
+
+def test_all_residuals_are_never_held_at_once():
+    """6 positions of 8 classes: 48 residuals, each as large as the outputs."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.GRU(4, 4, batch_first=True), First(), nn.Linear(4, 8)).double()
+    objective = of(module, torch.randn(2, 6, 4).double(), "cross-entropy", select="0.*")
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def counting(*arguments, each=layerwise.one_term_each):
+        nonlocal most
+        for residual in each(*arguments):
+            alive.append(weakref.ref(residual))
+            most = max(most, sum(ref() is not None for ref in alive))
+            yield residual
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layerwise, "one_term_each", counting)
+        entries = cv.ggn_diagonal(objective).entries
+    assert len(alive) == 48 and most <= 2 * layerwise.CHUNK
+    torch.testing.assert_close(entries, cv.ggn(objective).dense().diagonal(), rtol=1e-10, atol=1e-12)
+
+
+def test_an_embedding_that_sees_padding_alone_has_a_block_of_zeros():
+    module = nn.Sequential(nn.Embedding(5, 4, padding_idx=1), nn.Flatten(), nn.Linear(8, 3)).double()
+    for fisher in ("type-2", "input-only"):
+        A = cv.kfac(of(module, torch.ones(4, 2, dtype=torch.long), "cross-entropy"), fisher=fisher)
+        assert not A.blocks["0"].dense().any()
+
+
+def test_outputs_without_an_axis_are_refused_with_the_fix():
+    class Squeezed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).squeeze()
+
+    objective = cv.Objective.of(Squeezed(3, 1), "mse", [(torch.randn(1, 3), torch.randn(()))])
+    with pytest.raises(cv.BadObjective, match=r"single number.* squeeze\(-1\) instead of squeeze\(\)"):
+        cv.ggn_diagonal(objective)
+
+
+def test_norms_that_draw_random_numbers_do_not_use_them_up():
+    class DropoutLayerNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.layer_norm(F.dropout(x, 0.3, self.training), (4,), self.weight, self.bias)
+
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), DropoutLayerNorm(), nn.Dropout(0.5), nn.Linear(4, 2)).double()
+    is_exact(of(module, torch.randn(6, 3).double(), "cross-entropy", mode="train"))

@@ -51,7 +51,7 @@ class Layer:
         """What went in, in all its calls."""
         kept = [call.input for call in calls if call.input is not None]
         if len(kept) < len(calls):
-            raise Unfollowed(self.name, "its layer is called in another way than others of its kind")
+            raise Unfollowed({self.name: "its layer is called in another way than others of its kind"})
         parts = [self.kind.inputs(self.module, input) for input in kept]
         values = _joined([self._by_example(part.values, examples) for part in parts])
         if isinstance(parts[0], Indices):
@@ -79,7 +79,7 @@ class Layer:
     def _by_example(self, values: Tensor, examples: int) -> Tensor:
         """(k examples, positions, ...) -> (examples, k positions, ...): layers may see several entries of each one."""
         if len(values) % examples:
-            raise Unfollowed(self.name, "its layer is not called for each example")
+            raise Unfollowed({self.name: "its layer is not called for each example"})
         return values.reshape(examples, -1, *values.shape[2:])
 
 
@@ -95,11 +95,11 @@ def recognised(module: nn.Module) -> Kind | None:
 
 
 class Unfollowed(CurvatureError):
-    """A batch uses a layer in a way that its parameters cannot be followed through it: for the `reason`."""
+    """A batch uses layers in ways that their parameters cannot be followed through them: for the `reasons`, by name."""
 
-    def __init__(self, layer: str, reason: str) -> None:
-        super().__init__(f"The layer {layer} cannot be followed: {reason}.")
-        self.layer, self.reason = layer, reason
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        super().__init__(f"Layers cannot be followed: {dict(reasons)}.")
+        self.reasons = reasons
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature.objective.guard import frozen_randomness
 from curvature.operators.layers.kind import Kind
 from curvature.operators.layers.positions import Rows
 
@@ -18,13 +19,14 @@ def _normalised(module: Any, input: Tensor) -> Tensor:
     """What the scale multiplies: the output is linear in it, whether it is written (scale) or (1 + scale)."""
     own = {name: p for name, p in module.named_parameters(recurse=False)}
     outputs = []
-    try:
-        for scale in (1.0, 0.0):
-            for name, p in own.items():
-                module._parameters[name] = torch.full_like(p, scale if name == "weight" else 0.0)
-            outputs.append(module.forward(input))
-    finally:
-        module._parameters.update(own)
+    with frozen_randomness(0):  # the model's own numbers go on as if nothing had been computed here
+        try:
+            for scale in (1.0, 0.0):
+                for name, p in own.items():
+                    module._parameters[name] = torch.full_like(p, scale if name == "weight" else 0.0)
+                outputs.append(module.forward(input))
+        finally:
+            module._parameters.update(own)
     return outputs[0] - outputs[1]
 
 

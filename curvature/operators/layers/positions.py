@@ -33,9 +33,10 @@ class Rows:
         """The values with their ones."""
         return F.pad(self.values, (0, 1), value=1.0) if self.ones else self.values
 
-    def magnitudes(self) -> Rows:
-        """The absolute values, for bounds of rounding."""
-        return Rows(self.values.abs(), self.ones)
+    def norm(self) -> float:
+        """The norm of all vectors together."""
+        ones = self.count * self.values.shape[2] if self.ones else 0
+        return (float(torch.linalg.vector_norm(self.values)) ** 2 + ones) ** 0.5
 
     def projected(self, V: Tensor | None) -> Rows:
         """The vectors in the basis of the columns of V; None is the one they have."""
@@ -99,9 +100,9 @@ class Indices:
         """Positions of all examples that have an index."""
         return int((self.values >= 0).sum())
 
-    def magnitudes(self) -> Indices:
-        """The same: unit vectors have no signs."""
-        return self
+    def norm(self) -> float:
+        """The norm of all vectors together."""
+        return self.count**0.5
 
     def projected(self, V: Tensor | None) -> Indices:
         """The same: their second moment is diagonal, and V None."""

@@ -1,0 +1,112 @@
+"""When an estimate is good enough: after a budget of products, or when its interval is narrow enough."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from curvature.errors import Interrupted
+from curvature.linalg.measurement import Measurement
+from curvature.result import Estimate
+
+FIRST, GROWTH = 24, 1.5  # products before the first look, and how many times as many before each next one
+CAP = 10_000  # products, where no other cap is given
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A budget of `products`; or an interval at `level` whose half-width is at most atol + rtol |true value|.
+
+    The interval is looked at when there are 24 products, 36, 54, and so on: after every product there would be so many
+    chances to stop too early that it would hold the truth less often than it says. `max_products` and `max_seconds` are
+    where to stop without having reached the goal.
+    """
+
+    products: int
+    rtol: float | None = None
+    atol: float | None = None
+    level: float = 0.95
+    max_products: int = CAP
+    max_seconds: float = math.inf
+    started: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        if self.products < 2:
+            raise ValueError(f"An error bar needs at least 2 products, but got products={self.products}.")
+        if self.max_products < 2:
+            raise ValueError(f"An error bar needs at least 2 products, but got max_products={self.max_products}.")
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is a positive number, but got {value}.")
+        if not 0 < self.level < 1:
+            raise ValueError(f"A confidence level lies between 0 and 1, but got {self.level}.")
+        if not self.max_seconds > 0:
+            raise ValueError(f"max_seconds is a positive number, but got {self.max_seconds}.")
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether there is a tolerance to reach."""
+        return self.rtol is not None or self.atol is not None
+
+    @property
+    def most(self) -> int:
+        """The most products that can be asked for."""
+        return self.max_products if self.adaptive else self.products
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What was asked for, as results keep it."""
+        if not self.adaptive:
+            return {"products": self.products}
+        seconds = {} if math.isinf(self.max_seconds) else {"max_seconds": self.max_seconds}
+        tolerances = {"rtol": self.rtol, "atol": self.atol, "level": self.level}
+        return {**tolerances, "max_products": self.max_products, **seconds}
+
+    def looks(self) -> Iterator[int]:
+        """The numbers of products after which to look at the estimate."""
+        look = float(FIRST) if self.adaptive else self.products
+        while look < self.most:
+            yield math.ceil(look)
+            if time.perf_counter() - self.started > self.max_seconds:
+                return
+            look *= GROWTH
+        yield self.most
+
+    def reached(self, estimate: Estimate) -> bool:
+        """Whether the interval meets the tolerance, wherever in it the truth may be."""
+        low, high = (float(bound) for bound in estimate.interval(self.level))
+        least = max(0.0, low, -high)  # of the absolute value
+        return (high - low) / 2 <= (self.atol or 0.0) + (self.rtol or 0.0) * least
+
+
+def pursued(
+    measurement: Measurement,
+    goal: Goal,
+    upto: Callable[[int], Iterator[Estimate | None]],
+    exactly: Callable[[], Estimate],
+) -> Estimate:
+    """The first estimate that reaches the goal, or the last one there is.
+
+    `upto` spends so many products, with those before, and yields what there is to say after each block of them; from as
+    many as A has rows on it is done `exactly` instead. An interrupt raises Interrupted with the last estimate.
+    """
+    estimate = None
+    try:
+        for look in goal.looks():
+            if look >= measurement.operator.shape[0]:
+                return replace(exactly(), converged=True)
+            for estimate in upto(look):
+                note = "" if estimate is None else f"{measurement.question} {float(estimate.value):.5g}"
+                measurement.report(measurement.products, look, note, unit="products")
+            if estimate is not None and goal.adaptive and goal.reached(estimate):
+                return replace(estimate, converged=True)
+    except KeyboardInterrupt as stop:
+        if estimate is None:
+            raise
+        raise Interrupted(replace(estimate, complete=False)) from stop
+    assert estimate is not None  # two products are enough for one
+    return replace(estimate, converged=False if goal.adaptive else None)
