@@ -53,6 +53,7 @@ def trace(
     Hutchinson 1990; Meyer, Musco, Musco & Woodruff 2021 (arXiv:2010.09649), Hutch++; Chen & Hallman 2022
     (arXiv:2205.01736), Krylov spaces; Epperly, Tropp & Webber 2024 (arXiv:2301.07825), XTrace.
 
+    >>> from curvature.linalg.structured import Diagonal
     >>> trace(Diagonal(torch.tensor([1.0, 2.0]))).value
     tensor(3., dtype=torch.float64)
     """

@@ -1,0 +1,76 @@
+"""Squared gradients of the examples of a batch, one example at a time: slow, and right for all parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvature.objective.batches import examples
+from curvature.objective.objective import Objective
+from curvature.objective.params import ParamSpace
+from curvature.objective.products import pulled
+from curvature.operators.engine import CHUNK, abreast
+from curvature.operators.followed import Evidence, agree, norm
+
+
+class Alone:
+    """The examples of a batch, and the gradients of some parameters for each.
+
+    Examples go through the model alone, where that has the gradient it has in the batch: what belongs to an example,
+    and what to all of them, cannot be told from shapes. Else each goes with the batch, at the cost of all examples.
+    """
+
+    def __init__(self, objective: Objective, names: Iterable[str], evidence: Evidence) -> None:
+        self.objective, self.evidence, self.recorded = objective, evidence, evidence.recorded
+        self.params = {name: self.recorded.leaves[name] for name in names}
+        self.space = ParamSpace.of(self.params)
+        self.separable = True  # until it turns out otherwise
+
+    def squares(self, residuals: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The squared gradients by parameter, summed over examples and residuals."""
+        total = self._of_examples(residuals) if self.separable else None
+        if total is None:
+            self.separable = False
+            total = self._in_batch(residuals)
+        return self.space.named(total)
+
+    def _of_examples(self, residuals: Sequence[Tensor]) -> Float[Tensor, " n"] | None:
+        """From each example alone; None where the gradients of these are not those of the batch."""
+        evidence, recorded, size = self.evidence, self.recorded, 0.0
+        total, sent = self._zeros(), self._zeros()
+        more = [residual for residual in residuals if residual is not evidence.cotangent]
+        cut = zip(recorded.rows(), evidence.factors, examples(recorded.batch, recorded.examples), strict=True)
+        for rows, factor, example in cut:
+            try:
+                outputs = self.objective.outputs(recorded.leaves, example)[0]
+            except Exception:  # models can raise anything about a batch they do not expect
+                return None
+            if outputs.shape != recorded.outputs[rows].shape:
+                return None
+            cotangents = torch.stack([cotangent[rows] for cotangent in (evidence.cotangent, *more)])
+            gradients = abreast(partial(self._gradient, outputs), CHUNK, set())(cotangents)
+            sent += factor * gradients[0]
+            size += norm(factor * gradients[0])
+            total += gradients[len(gradients) - len(residuals) :].square().sum(0)
+        expected = self.space.flatten([evidence.parameters[name] for name in self.params])
+        return total if agree(sent, expected, size=size) else None
+
+    def _in_batch(self, residuals: Sequence[Tensor]) -> Float[Tensor, " n"]:
+        """From the whole batch, with the cotangents of one example at a time."""
+        total = self._zeros()
+        for rows in self.recorded.rows():
+            for residual in residuals:
+                cotangent = torch.zeros_like(residual)
+                cotangent[rows] = residual[rows]
+                total += self._gradient(self.recorded.outputs, cotangent).square()
+        return total
+
+    def _gradient(self, outputs: Tensor, cotangent: Tensor) -> Float[Tensor, " n"]:
+        return pulled(self.space, list(self.params.values()), [outputs], [cotangent])
+
+    def _zeros(self) -> Float[Tensor, " n"]:
+        return torch.zeros(self.space.size, dtype=self.space.dtype, device=self.space.device)
