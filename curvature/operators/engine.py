@@ -52,7 +52,7 @@ class Recipe(NamedTuple):
 class Work(NamedTuple):
     """What an engine makes the share of a batch from.
 
-    `chunk` and `small` are what `at_once` says; the engines that come into play add their names to `used`.
+    `chunk` and `bulk` are what `at_once` says; the engines that come into play add their names to `used`.
     """
 
     recipe: Recipe
@@ -60,7 +60,7 @@ class Work(NamedTuple):
     index: int
     batch: Any
     chunk: int
-    small: bool
+    bulk: float
     used: set[str]
 
     def reverse(self) -> Linear:
@@ -133,8 +133,8 @@ class ObjectiveOperator(LinearOperator):
         return products.add_(rows, alpha=self.l2) if self.l2 else products
 
     def _share(self, budget: float, health: Health, index: int, batch: Any) -> Share:
-        chunk, small = at_once(health, batch, budget, self.objective.space)
-        return ENGINES[self.engine](Work(self.recipe, self.objective, index, batch, chunk, small, self.used))
+        chunk, bulk = at_once(health, batch, budget, self.objective.space)
+        return ENGINES[self.engine](Work(self.recipe, self.objective, index, batch, chunk, bulk, self.used))
 
 
 def need_objective(name: str, objective: object) -> None:
@@ -151,15 +151,15 @@ def budget_of(memory: Memory, device: torch.device) -> float:
     return SHARE * (free_bytes(device) or 0) if memory == "auto" else memory
 
 
-def at_once(health: Health, batch: Any, budget: float, space: ParamSpace) -> tuple[int, bool]:
-    """How many vectors fit into `budget` bytes on their way through the graph of a batch; and whether its tensors and
-    the parameters are so small that computing with one takes no longer than calling for it."""
+def at_once(health: Health, batch: Any, budget: float, space: ParamSpace) -> tuple[int, float]:
+    """How many vectors fit into `budget` bytes on their way through the graph of a batch; and how large its tensors and
+    the parameters are: up to 1, computing with one takes no longer than calling for it."""
     examples = leading(batch) or 1
     graph = health.example_bytes * examples  # the memory of one vector's backward pass, about
     chunk = int(min(max(budget / graph, 1), CHUNK)) if graph else CHUNK
     small = SMALL.get(space.device.type, SMALL["other"])
     largest = max(shape.numel() for shape in space.shapes) * torch.empty(0, dtype=space.dtype).element_size()
-    return chunk, health.example_tensor * examples <= small and largest <= 2 * small
+    return chunk, max(health.example_tensor * examples, largest / 2) / small
 
 
 def source_of(name: str, objective: Objective) -> dict[str, Any]:
@@ -214,17 +214,17 @@ def _compiled(work: Work) -> Share:
 
 def _auto(work: Work) -> Share:
     """Retained; linearized when there have been enough products that tracing pays, with convolutions; and batched."""
-    linear, chunk = work.reverse(), work.chunk if work.small else 1
+    linear = work.reverse()
     modules = work.objective.function.module.modules()
     spare = work.recipe.spare and any(isinstance(m, nn.modules.conv._ConvNd) for m in modules)
-    through, done = abreast(linear, chunk, work.used), 0
+    through, done = abreast(linear, work.chunk if work.bulk <= 1 else 1, work.used), 0
 
     def share(rows: Tensor) -> Tensor:
         nonlocal linear, through, done
         if spare and done < PATIENCE <= done + len(rows):
             with suppress(Exception):  # no tracer can follow NumPy, say: what is there is right, and stays
                 linear = _traced(linear, work.objective)
-                through = abreast(linear, chunk, work.used)
+                through = abreast(linear, work.chunk if work.bulk <= 2 else 1, work.used)  # fewer tensors are alive
                 work.used.add("linearized")
         done += len(rows)
         return through(rows)

@@ -69,11 +69,12 @@ class JacobianOperator(LinearOperator):
 
     def _prepared(self, budget: float, health: Health, index: int, batch: Any) -> _Rows:
         J = jacobian_graph(self.objective, batch)
-        chunk, small = at_once(health, batch, budget, self.objective.space)
+        chunk, bulk = at_once(health, batch, budget, self.objective.space)
+        together = chunk if bulk <= 1 else 1
         return _Rows(
             J.outputs.numel(),
-            push=abreast(lambda row: J.push(row).reshape(-1), chunk if small else 1, self.used),
-            pull=abreast(lambda row: J.pull(row.reshape(J.outputs.shape)), chunk if small else 1, self.used),
+            push=abreast(lambda row: J.push(row).reshape(-1), together, self.used),
+            pull=abreast(lambda row: J.pull(row.reshape(J.outputs.shape)), together, self.used),
         )
 
     @cached_property
