@@ -43,9 +43,11 @@ def kfac(
     `.blocks` are operators by name: Kronecker for Linear, Conv, Embedding (with a diagonal factor) and Hugging Face's
     Conv1D, the block itself for each channel of a normalisation, and for all other parameters its Diagonal;
     `.source["diagonal"]` lists these and says why. trace, logdet, eigenvalues, inverse and power of the result are
-    exact. The regulariser is not in it: give `objective.l2` as `damping`. An example is an entry of the first axis of
-    the outputs; that batch statistics couple examples in training mode is left out of account. "reduce" leaves
-    embeddings as they are, and "input-only" gives the identity to parameters without a layer.
+    exact. The regulariser is not in it: give `objective.l2` as `damping`. An example is a row of the outputs, or of the
+    inputs where the outputs have several for each; that batch statistics couple examples in training mode is left out
+    of account. Every batch is looked at twice, the second time with each example weighted at random: a layer that does
+    not hand the weights through, or is not all that uses its parameters, gets the diagonal. "reduce" leaves embeddings
+    as they are, and "input-only" gives the identity to parameters without a layer.
 
     Martens & Grosse 2015 (arXiv:1503.05671); Grosse & Martens 2016 (arXiv:1602.01407), convolutions; Eschenhagen et
     al. 2023 (arXiv:2311.00636), expand and reduce; Benzing 2022 (arXiv:2201.12250), input-only.

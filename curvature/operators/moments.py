@@ -12,7 +12,7 @@ from curvature.operators.residuals import FisherKind
 
 
 def ggn_diagonal(objective: Objective, *, fisher: FisherKind = "type-2", samples: int = 1, seed: int = 0) -> Diagonal:
-    """The diagonal of the GGN as an operator, from one pass over the data: exact.
+    """The diagonal of the GGN as an operator, from one pass over the data: exact, in every mode of the model.
 
     "type-2" takes one backward pass for each output of an example. "sampled" is an unbiased estimate from `samples`
     targets drawn from the model, and takes one for each: the diagonal of `fisher` where an example is one term.
