@@ -116,6 +116,7 @@ class Evidence:
         if inputs is None:
             return NEVER if expected.any() else None
         together, scaled = (self.recorded.cotangents(layer, found) for found in (self.together, self.scaled))
+        del self.scaled[layer.name]  # as large as what the layer returned
         if inputs.values.shape[:2] != scaled.shape[:2]:
             return ALTERED
         if not agree(inputs.gradient(scaled), expected, size=norm(scaled) * inputs.norm()):
