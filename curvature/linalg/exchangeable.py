@@ -14,6 +14,7 @@ from torch import Tensor
 
 from curvature.linalg.deflation import blocks, project_out
 from curvature.linalg.measurement import Measurement
+from curvature.linalg.space import Kind
 from curvature.result import Estimate
 
 
@@ -45,9 +46,9 @@ class XTrace:
     # wide as what holds the truth 95 times in 100 (for flat, polynomial, exponential and stepped spectra).
     inflation = 2.0
 
-    def __init__(self, measurement: Measurement, seed: int) -> None:
+    def __init__(self, measurement: Measurement, seed: int, *, kind: Kind = "sphere") -> None:
         self.measurement, self.space = measurement, measurement.operator.domain
-        self.draws = self.space.draws(seed=seed, kind="sphere")
+        self.draws = self.space.draws(seed=seed, kind=kind)
         self.probes = self.images = self.basis = self.products = self.space.empty
         self.dependent = False
 
@@ -64,20 +65,24 @@ class XTrace:
                 setattr(self, name, torch.cat([getattr(self, name), more]))
             yield len(self.probes)
 
+    def left_out(self) -> Float[Tensor, "q q"] | None:
+        """Of each vector the direction in the basis that the images of all others do not reach, as columns; None where
+        they reach all of it, and the sketch has the whole range of A."""
+        R = self.space.inner(self.basis, self.images)
+        size = R.diagonal().abs()
+        if self.dependent or float(size.min()) < 10 * self.space.eps * float(size.max()) * self.space.size**0.5:
+            return None
+        S = torch.linalg.solve_triangular(R.T, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=False)
+        return S / torch.linalg.vector_norm(S, dim=0)
+
     def estimates(self) -> Float[Tensor, " q"]:
         """One for each vector; all the trace on the sketch, where that has the whole range of A."""
         inner, n, q = self.space.inner, self.space.size, len(self.probes)
-        H, W, T, R = (
-            inner(self.basis, self.products),
-            inner(self.basis, self.probes),
-            inner(self.products, self.probes),
-            inner(self.basis, self.images),
-        )
-        size = R.diagonal().abs()
-        if self.dependent or float(size.min()) < 10 * self.space.eps * float(size.max()) * n**0.5:
+        H, W = inner(self.basis, self.products), inner(self.basis, self.probes)
+        T, R = inner(self.products, self.probes), inner(self.basis, self.images)
+        S = self.left_out()
+        if S is None:
             return H.trace().expand(q)
-        S = torch.linalg.solve_triangular(R.T, torch.eye(q, dtype=R.dtype, device=R.device), upper=False)
-        S = S / torch.linalg.vector_norm(S, dim=0)
         C = W - S * (S * W).sum(0)
         scale = (n - q + 1) / (self.space.norms(self.probes).square() - C.square().sum(0))
         rest = (W * R).sum(0) - 2 * (C * T).sum(0) + (C * (H @ C)).sum(0)

@@ -100,7 +100,9 @@ def pursued(
             if look >= measurement.operator.shape[0]:
                 return replace(exactly(), converged=True)
             for estimate in upto(look):
-                note = "" if estimate is None else f"{measurement.question} {float(estimate.value):.5g}"
+                note = ""
+                if estimate is not None and estimate.value.ndim == 0:
+                    note = f"{measurement.question} {float(estimate.value):.5g}"
                 measurement.report(measurement.products, look, note, unit="products")
             if estimate is not None and goal.adaptive and goal.reached(estimate):
                 return replace(estimate, converged=True)

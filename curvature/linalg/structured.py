@@ -195,6 +195,37 @@ def _traces(factor: Tensor) -> Tensor:
     return factor.double().sum() if factor.ndim == 1 else factor.double().diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
+def known_diagonal(A: LinearOperator) -> Float[Tensor, " n"] | None:
+    """The diagonal in float64 where the structure of A tells it."""
+    match A:
+        case Diagonal():
+            return A.entries.double()
+        case Dense():
+            return A.matrix.diagonal().double()
+        case Identity():
+            return torch.ones(A.shape[0], dtype=torch.float64, device=A.device)
+        case Kronecker():
+            left, right = (f if f.ndim == 1 else f.diagonal(dim1=-2, dim2=-1) for f in (A.left, A.right))
+            return (left.double().unsqueeze(-1) * right.double().unsqueeze(-2)).reshape(-1)
+        case Spectral():
+            values = A.values.double() if A.U is None else A.U.double().square() @ A.values.double()
+            return (values if A.V is None else values @ A.V.double().square().mT).reshape(-1)
+        case BlockDiagonal():
+            entries = torch.empty(A.shape[0], dtype=torch.float64, device=A.device)
+            for name, block in A.blocks.items():
+                if (known := known_diagonal(block)) is None:
+                    return None
+                entries[A.places[name]] = known
+            return entries
+        case Sum():
+            first, second = (known_diagonal(part) for part in A.parts)
+            return None if first is None or second is None else first + second
+        case Scaled():
+            return None if (known := known_diagonal(A.parts[0])) is None else A.scale * known
+        case _:
+            return None
+
+
 def _is_factor(factor: Tensor) -> bool:
     return factor.ndim == 1 or (factor.ndim in (2, 3) and factor.shape[-1] == factor.shape[-2])
 
