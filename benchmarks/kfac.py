@@ -125,7 +125,10 @@ def rows_of(name: str, kind: str, problem: Problem, rounds: int) -> list[dict[st
     """What every contender took, in each of the rounds."""
     clock = Clock(problem.inputs.device)
     builds: dict[str, Build] = {}
-    notes = {"kronfluence": "Linear and Conv2d alone, written to disk"}
+    notes = {
+        "curvature": "with one gradient to see that the layers can be followed",
+        "kronfluence": "Linear and Conv2d alone, written to disk",
+    }
     for contender, prepare in CONTENDERS[kind].items():
         try:
             build = prepare(problem)
