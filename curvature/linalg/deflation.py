@@ -15,8 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curvature.errors import TooLarge
 from curvature.linalg.krylov import Krylov
 from curvature.linalg.measurement import Measurement
+from curvature.linalg.memory import need_basis
 from curvature.linalg.operator import LinearOperator
 from curvature.linalg.space import Space
 from curvature.linalg.structured import known_trace
@@ -34,6 +36,7 @@ class Basis:
 
     def __init__(self, measurement: Measurement) -> None:
         self.measurement = measurement
+        self.growing = False  # whether there may be more rows
 
     @property
     def space(self) -> Space:
@@ -48,7 +51,7 @@ class Basis:
         return torch.zeros(0, 0, dtype=torch.float64, device=self.space.device)
 
     def grow(self, products: int) -> Iterator[None]:
-        """Spend up to so many products, with those before; yields after each block."""
+        """Spend up to so many products, with those before, where memory allows; yields after each block."""
         yield from ()
 
     def beside(self, probes: Float[Tensor, "k n"], products: Float[Tensor, "k n"]) -> Float[Tensor, "k q"]:
@@ -61,9 +64,9 @@ class KrylovBasis(Basis):
 
     share = 1 / 2
 
-    def __init__(self, measurement: Measurement, most: int, seed: int) -> None:
+    def __init__(self, measurement: Measurement, first: int, seed: int) -> None:
         super().__init__(measurement)
-        self.krylov = Krylov(measurement, capacity=min(int(most * self.share) + WIDTH, self.space.size))
+        self.krylov = Krylov(measurement, capacity=min(int(first * self.share) + WIDTH, self.space.size))
         self.krylov.start(self.space.draw(WIDTH, seed=derived(seed), kind="sphere"))
         self.growing = True
 
@@ -76,6 +79,11 @@ class KrylovBasis(Basis):
         return self.krylov.projected
 
     def grow(self, products: int) -> Iterator[None]:
+        if self.growing and products + WIDTH > self.krylov.capacity:
+            try:
+                self.krylov.enlarge(products + WIDTH - self.krylov.capacity)
+            except TooLarge:  # the rest is averaged
+                self.growing = False
         while self.growing and self.krylov.size <= products:
             self.growing = self.krylov.step() and self.krylov.extend()
             yield
@@ -89,7 +97,7 @@ class SketchBasis(Basis):
     def __init__(self, measurement: Measurement, seed: int) -> None:
         super().__init__(measurement)
         self.draws = self.space.draws(seed=derived(seed))
-        self.sketched = 0
+        self.sketched, self.growing = 0, True
         self._rows = self.images = self.space.empty
 
     @property
@@ -102,6 +110,13 @@ class SketchBasis(Basis):
 
     def grow(self, products: int) -> Iterator[None]:
         for rows in blocks(self.draws, products // 2 - self.sketched):
+            try:
+                need_basis(2 * (len(self._rows) + len(rows)), self.space)
+            except TooLarge:
+                if not len(self._rows):
+                    raise
+                self.growing = False  # the rest is averaged
+                return
             self.sketched += len(rows)
             fresh = self.measurement.apply(rows)
             for _ in range(2):  # the second time what cancellation has blown up
@@ -136,6 +151,9 @@ class Deflated:
         share = min(int(products * self.basis.share + 1e-9), products - 2)  # two samples are left for an error bar
         for _ in self.basis.grow(share):
             yield self.estimate() if self.count > 1 else None
+        if self.kept and not self.basis.growing:
+            self.done, self.kept = [self._forms(*pair) for pair in self.pairs], False
+            self.pairs.clear()
         for rows in blocks(self.draws, products - self.measurement.products):
             probes = project_out(self.space, rows, self.basis.rows)
             images = self.measurement.apply(probes)

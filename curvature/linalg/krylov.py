@@ -113,7 +113,7 @@ class Krylov:
     def enlarge(self, rows: int) -> None:
         """Make room for so many more rows, as far as the space has them."""
         rows = min(rows, self.space.size - self.capacity)
-        need_basis(rows, self.space)
+        need_basis(self.capacity + rows, self.space)  # beside the old one, for a moment
         self._basis = torch.cat([self._basis, self._basis.new_empty(rows, self.space.size)])
         projected = self._projected.new_zeros(self.capacity, self.capacity)
         projected[: len(self._projected), : len(self._projected)] = self._projected

@@ -79,7 +79,7 @@ def trace(
         case "xnystrace":
             estimates = LeftOut(XNysTrace(measurement, seed))
         case "krylov":
-            basis = KrylovBasis(measurement, min(goal.most, A.shape[0]), seed)
+            basis = KrylovBasis(measurement, next(goal.looks()), seed)
             estimates = Deflated(basis, control, seed=seed, kept=goal.adaptive)
         case "hutch++":
             estimates = Deflated(SketchBasis(measurement, seed), control, seed=seed, kept=goal.adaptive)

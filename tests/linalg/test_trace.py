@@ -428,3 +428,18 @@ def test_the_vectors_of_basis_and_probes_have_nothing_in_common():
     for seed in (0, 1, 2**40):
         first, second = space.draw(1, seed=seed), space.draw(1, seed=derived(seed))
         assert abs(float(space.inner(first, second))) < 5 * 1000**0.5
+
+
+@pytest.mark.parametrize("method", ["krylov", "hutch++"])
+def test_where_memory_ends_the_rest_is_averaged(monkeypatch, method):
+    """The basis stops growing, what was found stays, and the estimate goes on with what needs no memory."""
+    matrix = rotated(SPECTRA["exponential"])
+    bytes_of_row = N * 8
+    free_rows = 60
+    monkeypatch.setattr("curvature.linalg.memory.free_bytes", lambda device: free_rows * bytes_of_row)
+    estimate = cv.trace(free(matrix), atol=1e-9, max_products=110, method=method, seed=1)
+    assert estimate.cost.products == 110 and inside(estimate, exact(matrix), 0.999)
+    assert estimate.samples > 110 * (1 / 3 if method == "hutch++" else 1 / 2) + 5
+    monkeypatch.setattr("curvature.linalg.memory.free_bytes", lambda device: 3 * bytes_of_row)
+    with pytest.raises(cv.TooLarge):
+        cv.trace(free(matrix), atol=1e-9, method=method)
