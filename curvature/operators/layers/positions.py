@@ -67,7 +67,9 @@ class Rows:
 
     def gradient(self, cotangents: Float[Tensor, "n r g o"]) -> Float[Tensor, "g o i"]:
         """The sum over the gradients of all examples."""
-        return torch.einsum("nrgo,nrgi->goi", cotangents, self.vectors)
+        cotangents, values = (rows.flatten(0, 1).transpose(0, 1) for rows in (cotangents, self.values))
+        weight = cotangents.mT @ values
+        return torch.cat([weight, cotangents.sum(1).unsqueeze(-1)], -1) if self.ones else weight
 
     def whole(self, cotangents: Float[Tensor, "n r g o"]) -> Float[Tensor, "g oi oi"]:
         """The sum of G G^T over the gradients G of examples, a vector for each group: exact, for small groups."""
