@@ -99,6 +99,7 @@ class SketchBasis(Basis):
         self.draws = self.space.draws(seed=derived(seed))
         self.sketched, self.growing = 0, True
         self._rows = self.images = self.space.empty
+        self._projected = super().projected
 
     @property
     def rows(self) -> Float[Tensor, "q n"]:
@@ -106,7 +107,7 @@ class SketchBasis(Basis):
 
     @property
     def projected(self) -> Float[Tensor, "q q"]:
-        return self.space.inner(self._rows, self.images)
+        return self._projected
 
     def grow(self, products: int) -> Iterator[None]:
         for rows in blocks(self.draws, products // 2 - self.sketched):
@@ -118,12 +119,11 @@ class SketchBasis(Basis):
                 self.growing = False  # the rest is averaged
                 return
             self.sketched += len(rows)
-            fresh = self.measurement.apply(rows)
-            for _ in range(2):  # the second time what cancellation has blown up
-                fresh = self.space.orthonormal(project_out(self.space, fresh, self._rows))
+            fresh = beyond(self.space, self.measurement.apply(rows), self._rows)
             self._rows = torch.cat([self._rows, fresh])
             if len(fresh):
                 self.images = torch.cat([self.images, self.measurement.apply(fresh)])
+            self._projected = self.space.inner(self._rows, self.images)
             yield
 
     def beside(self, probes: Float[Tensor, "k n"], products: Float[Tensor, "k n"]) -> Float[Tensor, "k q"]:
@@ -225,6 +225,25 @@ def derived(seed: int) -> int:
 def project_out(space: Space, rows: Float[Tensor, "k n"], basis: Float[Tensor, "q n"]) -> Float[Tensor, "k n"]:
     """What the rows have outside the span of the basis."""
     return rows - space.combine(space.inner(rows, basis), basis)
+
+
+def beyond(space: Space, rows: Float[Tensor, "k n"], basis: Float[Tensor, "q n"]) -> Float[Tensor, "r n"]:
+    """Orthonormal rows that span what the rows have outside the span of the basis."""
+    for _ in range(2):  # the second time what cancellation has blown up
+        rows = space.orthonormal(project_out(space, rows, basis))
+    return rows
+
+
+def columns(measurement: Measurement) -> Iterator[tuple[Float[Tensor, " k"], Float[Tensor, "k n"]]]:
+    """The entries of the diagonal, from one product with each vector of the standard basis, and these products."""
+    A = measurement.operator
+    n = A.shape[0]
+    for start in range(0, n, BLOCK):
+        index = torch.arange(start, min(start + BLOCK, n), device=A.device)
+        rows = torch.zeros(len(index), n, dtype=A.dtype, device=A.device)
+        rows[index - start, index] = 1
+        products = measurement.apply(rows)
+        yield products[index - start, index].double(), products
 
 
 def blocks(draws: Iterator[Tensor], count: int) -> Iterator[Float[Tensor, "k n"]]:

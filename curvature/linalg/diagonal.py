@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvature.linalg.deflation import BLOCK, blocks
+from curvature.linalg.deflation import blocks, columns
 from curvature.linalg.exchangeable import XTrace
 from curvature.linalg.goal import Goal, pursued
 from curvature.linalg.measurement import Measurement
@@ -61,14 +60,10 @@ def diagonal(
 
 def _summed(measurement: Measurement) -> Estimate:
     """From one product with each vector of the standard basis."""
-    A = measurement.operator
-    n, entries = A.shape[0], []
-    for start in range(0, n, BLOCK):
-        index = torch.arange(start, min(start + BLOCK, n), device=A.device)
-        rows = torch.zeros(len(index), n, dtype=A.dtype, device=A.device)
-        rows[index - start, index] = 1
-        entries.append(measurement.apply(rows)[index - start, index].double())
-        measurement.report(int(index[-1]) + 1, n, unit="products")
+    n, entries = measurement.operator.shape[0], []
+    for some, _ in columns(measurement):
+        entries.append(some)
+        measurement.report(measurement.products, n, unit="products")
     return measurement.exact(torch.cat(entries))
 
 
@@ -118,8 +113,7 @@ class _LeftOut:
 
     def upto(self, products: int) -> Iterator[Estimate | None]:
         """Spend so many products; yields the estimate after the last."""
-        sketch = self.sketch
-        for _ in islice(sketch.grow(products // 2), products):
+        for _ in self.sketch.grow(products // 2):
             yield None
         yield self.estimate()
 
@@ -127,7 +121,7 @@ class _LeftOut:
         """What all vectors so far amount to."""
         sketch, space = self.sketch, self.sketch.space
         inside = (sketch.basis.double() * sketch.products.double()).sum(0)
-        S, moments = sketch.left_out(), _Moments(space.size, space.device)
+        S, moments = sketch.left_out(sketch.factor), _Moments(space.size, space.device)
         if S is None:  # the sketch has all of the range
             floor = 10 * space.eps * float(space.norms(sketch.images).max())
             return sketch.measurement.exact(inside, floor=floor)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvature.linalg.deflation import blocks, project_out
+from curvature.linalg.deflation import beyond, blocks
 from curvature.linalg.measurement import Measurement
 from curvature.linalg.space import Kind
 from curvature.result import Estimate
@@ -56,19 +56,21 @@ class XTrace:
         """Take so many vectors more; yields how many there are after each block."""
         for rows in blocks(self.draws, count):
             images = self.measurement.apply(rows)
-            fresh = images
-            for _ in range(2):
-                fresh = self.space.orthonormal(project_out(self.space, fresh, self.basis))
+            fresh = beyond(self.space, images, self.basis)
             self.dependent |= len(fresh) < len(rows)  # the sketch has all of the range
             products = self.measurement.apply(fresh) if len(fresh) else fresh
             for name, more in (("probes", rows), ("images", images), ("basis", fresh), ("products", products)):
                 setattr(self, name, torch.cat([getattr(self, name), more]))
             yield len(self.probes)
 
-    def left_out(self) -> Float[Tensor, "q q"] | None:
+    @property
+    def factor(self) -> Float[Tensor, "q q"]:
+        """R, upper triangular, of the images in the basis."""
+        return self.space.inner(self.basis, self.images)
+
+    def left_out(self, R: Float[Tensor, "q q"]) -> Float[Tensor, "q q"] | None:
         """Of each vector the direction in the basis that the images of all others do not reach, as columns; None where
         they reach all of it, and the sketch has the whole range of A."""
-        R = self.space.inner(self.basis, self.images)
         size = R.diagonal().abs()
         if self.dependent or float(size.min()) < 10 * self.space.eps * float(size.max()) * self.space.size**0.5:
             return None
@@ -79,8 +81,8 @@ class XTrace:
         """One for each vector; all the trace on the sketch, where that has the whole range of A."""
         inner, n, q = self.space.inner, self.space.size, len(self.probes)
         H, W = inner(self.basis, self.products), inner(self.basis, self.probes)
-        T, R = inner(self.products, self.probes), inner(self.basis, self.images)
-        S = self.left_out()
+        T, R = inner(self.products, self.probes), self.factor
+        S = self.left_out(R)
         if S is None:
             return H.trace().expand(q)
         C = W - S * (S * W).sum(0)

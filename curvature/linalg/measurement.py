@@ -44,7 +44,8 @@ class Measurement:
 
     def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
         """A times each row; NonFinite when a product is not finite, which would poison all that follows."""
-        _ = self.described  # hashes model and data: should that fail, then before the work
+        if self.products == 0:
+            describe(self.operator)  # hashes model and data: should that fail, then before the work
         self.products += len(rows)
         product = self.operator.apply(rows).detach()  # of a matrix that is a parameter, say
         if not torch.isfinite(product).all():

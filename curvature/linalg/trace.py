@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from curvature.linalg.deflation import BLOCK, Basis, Deflated, KrylovBasis, SketchBasis
+from curvature.linalg.deflation import Basis, Deflated, KrylovBasis, SketchBasis, columns
 from curvature.linalg.exchangeable import LeftOut, XNysTrace, XTrace
 from curvature.linalg.goal import CAP, Goal, pursued
 from curvature.linalg.measurement import Measurement
@@ -90,15 +90,11 @@ def trace(
 
 def _summed(measurement: Measurement) -> Estimate:
     """The sum of the diagonal, from one product with each vector of the standard basis."""
-    A = measurement.operator
-    n = A.shape[0]
+    A, done = measurement.operator, 0
     total, square = torch.zeros((), dtype=torch.float64, device=A.device), 0.0
-    for start in range(0, n, BLOCK):
-        index = torch.arange(start, min(start + BLOCK, n), device=A.device)
-        rows = torch.zeros(len(index), n, dtype=A.dtype, device=A.device)
-        rows[index - start, index] = 1
-        columns = measurement.apply(rows)
-        total += columns[index - start, index].double().sum()
-        square += float(A.domain.norms(columns).square().sum())
-        measurement.report(int(index[-1]) + 1, n, f"trace {float(total):.5g}", unit="products")
+    for entries, products in columns(measurement):
+        done += len(entries)
+        total += entries.sum()
+        square += float(A.domain.norms(products).square().sum())
+        measurement.report(done, A.shape[0], f"trace {float(total):.5g}", unit="products")
     return measurement.exact(total, floor=10 * A.domain.eps * square**0.5)
