@@ -87,6 +87,8 @@ class Output:
     "What standard output gets: a table, what result.json holds, or nothing."
     overwrite: Annotated[bool, Parameter(negative=())] = False
     "Replace a result that is already in --out."
+    checkpoint: Path | None = None
+    "A file that keeps what is computed, as it comes: the same command, started again after a kill, goes on from there."
     progress: Literal["auto", "bar", "log", "none"] = "auto"
     "A bar on terminals, a line every 10 s elsewhere, on standard error."
     threads: Annotated[int | None, Parameter(validator=Number(gte=1))] = None

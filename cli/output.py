@@ -113,27 +113,26 @@ def _display(output: Output) -> Iterator[cv.Run]:
     if kind == "auto":
         kind = "none" if output.format == "quiet" else "bar" if sys.stderr.isatty() else "log"
     if kind == "none":
-        yield Run()
+        yield Run(checkpoint=output.checkpoint)
     elif kind == "log":
-        yield Run(progress=_Log())
+        yield Run(progress=_Log(), checkpoint=output.checkpoint)
     else:
         with _bar() as progress:
-            yield Run(progress=progress)
+            yield Run(progress=progress, checkpoint=output.checkpoint)
 
 
 class _Log:
     """Prints a line of progress every PATIENCE seconds."""
 
     def __init__(self) -> None:
-        self.started = self.last = time.monotonic()
+        self.last = time.monotonic()
 
     def __call__(self, progress: cv.Progress) -> None:
         now = time.monotonic()
         if now - self.last < PATIENCE:
             return
         self.last = now
-        left = (now - self.started) * (progress.total / progress.done - 1)
-        warn(f"{progress.done}/{progress.total} {progress.unit}, at most {left:.0f} s left, {progress.note}")
+        warn(f"{progress.done}/{progress.total} {progress.unit}, at most {progress.left:.0f} s left, {progress.note}")
 
 
 @contextmanager

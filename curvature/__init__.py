@@ -9,6 +9,7 @@ from curvature.errors import NonFinite as NonFinite
 from curvature.errors import NotConverged as NotConverged
 from curvature.errors import TooLarge as TooLarge
 from curvature.errors import UnsafeFile as UnsafeFile
+from curvature.linalg.diagonal import block_traces as block_traces
 from curvature.linalg.diagonal import diagonal as diagonal
 from curvature.linalg.eigen import Eigenpairs as Eigenpairs
 from curvature.linalg.eigen import eigsh as eigsh

@@ -138,7 +138,8 @@ class Result:
         try:
             values = {**written, **safetensors.torch.load(arrays)}
             values |= {"cost": Cost(**written["cost"]), "origin": Origin(**written["origin"])}
-            return made(**{f.name: values[f.name] for f in fields(made)})
+            lists = {f.name for f in fields(made) if str(f.type).startswith("tuple")}  # JSON has no tuples
+            return made(**{f.name: tuple(values[f.name]) if f.name in lists else values[f.name] for f in fields(made)})
         except (KeyError, TypeError, safetensors.SafetensorError) as error:
             raise BadFile(f"{path} lacks what a {kind} is made of: {error}.", "Measure again.") from error
 
@@ -182,7 +183,7 @@ class Estimate(Result):
     `value` and `stderr` have one shape; `samples` independent draws stand behind them, with `dof` degrees of freedom,
     both 0 when the value is exact. `floor` bounds errors that no repetition shows (rounding of the operator's dtype,
     the resolution of a spectrum) and is added to every interval. `converged` says whether a tolerance was reached, None
-    where none was asked for.
+    where none was asked for; `names` are those of the entries of a vector, where they have any.
     """
 
     value: Tensor
@@ -191,6 +192,7 @@ class Estimate(Result):
     dof: float
     floor: float | Tensor = 0.0
     converged: bool | None = None
+    names: tuple[str, ...] = ()
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """The confidence interval at `level`: Student's t with `dof` degrees of freedom, and the rounding floor."""
@@ -201,6 +203,9 @@ class Estimate(Result):
 
     def summary(self) -> dict[str, str]:
         label = self.origin.question
+        if self.names and self.value.ndim == 1:
+            entries = zip(self.names, self.value.tolist(), self.stderr.expand_as(self.value).tolist(), strict=True)
+            return {name: with_error(*entry) if self.dof else f"{entry[0]:.8g} (exact)" for name, *entry in entries}
         if self.value.ndim:
             return {label: f"{tuple(self.value.shape)} values, median stderr {self.stderr.median().item():.2g}"}
         if self.dof == 0:

@@ -37,22 +37,22 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | Callable[[Binar
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except Exception as error:
-        _raise_naming(path, temporary, error)
+        raise_naming(path, temporary, error)
         raise
     finally:
         with contextlib.suppress(OSError):  # gone already, when the rename succeeded
             os.unlink(temporary)
 
 
-def _raise_naming(path: str | os.PathLike[str], temporary: Path, error: Exception) -> None:
-    """Raise a disk error in terms of `path`; return when `error` is something else."""
+def raise_naming(path: str | os.PathLike[str], written: Path, error: Exception) -> None:
+    """Raise a disk error of the file that was `written` in terms of `path`; return when `error` is something else."""
     # torch.save hides the OSError of its file behind a RuntimeError of its own: look one step back.
     chain = (error, error.__cause__, error.__context__)
     if any(isinstance(link, OSError) and link.errno in DISK_FULL for link in chain):
         raise TooLarge(
             f"No space is left on the disk to write {path}.", "Free some space, or choose another folder."
         ) from error
-    if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(temporary)):
+    if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(written)):
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 

@@ -9,6 +9,7 @@ Krylov space, whose projection T = Q A Q^T costs nothing more.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 
 import torch
@@ -156,13 +157,15 @@ class Deflated:
             self.pairs.clear()
         for rows in blocks(self.draws, products - self.measurement.products):
             probes = project_out(self.space, rows, self.basis.rows)
-            images = self.measurement.apply(probes)
-            self.square += float(self.space.norms(images).square().sum())
-            self.count += len(rows)
             if self.kept:
+                images = self.measurement.apply(probes)
                 self.pairs.append((probes, images))
+                self.square += float(self.space.norms(images).square().sum())
             else:
-                self.done.append(self._forms(probes, images))
+                record = self.measurement.once(partial(self._averaged, probes))
+                self.done.append(record["forms"].cpu())
+                self.square += float(record["squares"].sum())
+            self.count += len(rows)
             yield self.estimate() if self.count > 1 else None
 
     def estimate(self) -> Estimate:
@@ -180,6 +183,10 @@ class Deflated:
             dof=max(1.0, (self.count - (1 if self.control is None else 2)) / UNSURE),
             floor=10 * self.space.eps * (float(T.square().sum()) + self.square / self.count) ** 0.5,
         )
+
+    def _averaged(self, probes: Float[Tensor, "k n"]) -> dict[str, Tensor]:
+        images = self.measurement.apply(probes)
+        return {"forms": self._forms(probes, images), "squares": self.space.norms(images).square()}
 
     def _forms(self, probes: Float[Tensor, "k n"], images: Float[Tensor, "k n"]) -> Float[Tensor, "k 2"]:
         """z.Az, and z.Cz for the control C, on the complement of the basis as it is now."""
@@ -234,16 +241,23 @@ def beyond(space: Space, rows: Float[Tensor, "k n"], basis: Float[Tensor, "q n"]
     return rows
 
 
-def columns(measurement: Measurement) -> Iterator[tuple[Float[Tensor, " k"], Float[Tensor, "k n"]]]:
-    """The entries of the diagonal, from one product with each vector of the standard basis, and these products."""
+def columns(measurement: Measurement) -> Iterator[tuple[Float[Tensor, " k"], Float[Tensor, " k"]]]:
+    """The entries of the diagonal, from one product with each vector of the standard basis, and the squared lengths of
+    these products."""
     A = measurement.operator
     n = A.shape[0]
     for start in range(0, n, BLOCK):
         index = torch.arange(start, min(start + BLOCK, n), device=A.device)
         rows = torch.zeros(len(index), n, dtype=A.dtype, device=A.device)
         rows[index - start, index] = 1
-        products = measurement.apply(rows)
-        yield products[index - start, index].double(), products
+        record = measurement.once(partial(_column, measurement, rows, index))
+        yield record["entries"], record["squares"]
+
+
+def _column(measurement: Measurement, rows: Tensor, index: Tensor) -> dict[str, Tensor]:
+    products = measurement.apply(rows)
+    squares = measurement.operator.domain.norms(products).square()
+    return {"entries": products[torch.arange(len(index)), index].double(), "squares": squares}
 
 
 def blocks(draws: Iterator[Tensor], count: int) -> Iterator[Float[Tensor, "k n"]]:

@@ -1,8 +1,12 @@
-"""The diagonal of an operator: exact where structure allows, else estimated with an honest standard error."""
+"""The diagonal of an operator and its sums over blocks: exact where structure allows, else with an honest error."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -11,9 +15,10 @@ from torch import Tensor
 
 from curvature.linalg.deflation import blocks, columns
 from curvature.linalg.exchangeable import XTrace
-from curvature.linalg.goal import Goal, pursued
+from curvature.linalg.goal import CAP, Goal, pursued
 from curvature.linalg.measurement import Measurement
 from curvature.linalg.operator import LinearOperator, as_operator
+from curvature.linalg.space import Space
 from curvature.linalg.structured import known_diagonal
 from curvature.progress import Run
 from curvature.result import Estimate
@@ -25,16 +30,25 @@ def diagonal(
     A: LinearOperator,
     *,
     products: int = 32,
+    rtol: float | None = None,
+    atol: float | None = None,
+    level: float = 0.95,
+    max_products: int = CAP,
+    max_seconds: float = math.inf,
     method: DiagonalMethod = "auto",
     seed: int = 0,
     run: Run | None = None,
 ) -> Estimate:
     """The entries (n,) on the diagonal of A with the standard error of each, from `products` products with A.
 
-    Exact where the structure of A allows, or with as many products as A has rows. "hutchinson" averages z * Az over
-    random signs z: the variance of an entry is the sum of the squares of all others in its row. "xdiag" (the "auto" for
-    symmetric A) does that for what is outside the range of A on all other vectors, where the diagonal is known: far
-    better where few eigenvalues are large. Its stderr is that of dependent estimates, widened until intervals hold.
+    Exact where the structure of A allows, or with as many products as A has rows. With `rtol` or `atol` from as many
+    as it takes until the half-widths of the intervals at `level` have a Euclidean norm that small, relative to that of
+    the diagonal or absolutely: see `trace`.
+
+    "hutchinson" averages z * Az over random signs z: the variance of an entry is the sum of the squares of all others
+    in its row; it keeps no vectors. "xdiag" (the "auto" for symmetric A) does that for what is outside the range of A
+    on all other vectors, where the diagonal is known: far better where few eigenvalues are large. Its stderr is that of
+    dependent estimates, widened until intervals hold.
 
     Bekas, Kokiopoulou & Saad 2007; Epperly, Tropp & Webber 2024 (arXiv:2301.07825), XDiag.
 
@@ -42,29 +56,86 @@ def diagonal(
     >>> diagonal(Diagonal(torch.tensor([1.0, 2.0]))).value
     tensor([1., 2.], dtype=torch.float64)
     """
-    A = as_operator(A)
-    goal = Goal(products)
-    measurement = Measurement(A, "diagonal", options={**goal.options, "method": method}, seed=seed, run=run)
+    goal = Goal(products, rtol, atol, level, max_products, max_seconds)
+    return _sums(as_operator(A), "diagonal", None, goal, method, seed, run)
+
+
+def block_traces(
+    A: LinearOperator,
+    places: Mapping[str, slice | Tensor],
+    *,
+    products: int = 32,
+    rtol: float | None = None,
+    atol: float | None = None,
+    level: float = 0.95,
+    max_products: int = CAP,
+    max_seconds: float = math.inf,
+    method: DiagonalMethod = "auto",
+    seed: int = 0,
+    run: Run | None = None,
+) -> Estimate:
+    """The traces (b,) of the diagonal blocks of A at `places` (coordinates by name), all from the same products.
+
+    The sums of the entries of `diagonal`, whose options these are; for layers, `places` is
+    `objective.space.places("layer")`. The error of a block has a share from the entries of A between it and the others,
+    which for a small block beside large ones is most of it: `by_layer(trace, A)` has none of that, and takes as many
+    products for each.
+
+    >>> from curvature.linalg.structured import Diagonal
+    >>> block_traces(Diagonal(torch.tensor([1.0, 2.0, 4.0])), {"a": slice(0, 2), "b": slice(2, 3)}).value
+    tensor([3., 4.], dtype=torch.float64)
+    """
+    goal = Goal(products, rtol, atol, level, max_products, max_seconds)
+    return _sums(as_operator(A), "block_traces", places, goal, method, seed, run)
+
+
+class _Sums:
+    """Vectors (n,) to the sums of their entries at each of `places`; to themselves for None."""
+
+    def __init__(self, places: Mapping[str, slice | Tensor] | None, space: Space) -> None:
+        self.names = () if places is None else tuple(places)
+        self.places, self.size = places, space.size if places is None else len(places)
+        for name, place in (places or {}).items():
+            if len(torch.arange(space.size)[place if isinstance(place, slice) else place.cpu()]) == 0:
+                raise ValueError(f"The block {name!r} has no coordinates.")
+
+    def __call__(self, vector: Float[Tensor, " n"]) -> Float[Tensor, " b"]:
+        if self.places is None:
+            return vector
+        return torch.stack([vector[place].double().sum() for place in self.places.values()])
+
+
+def _sums(
+    A: LinearOperator,
+    question: str,
+    places: Mapping[str, slice | Tensor] | None,
+    goal: Goal,
+    method: DiagonalMethod,
+    seed: int,
+    run: Run | None,
+) -> Estimate:
+    """The diagonal of A, or its sums over `places`."""
+    sums = _Sums(places, A.domain)
+    options = {**goal.options, "method": method} | ({} if places is None else {"blocks": list(places)})
+    measurement = Measurement(A, question, options=options, seed=seed, run=run)
     if method not in ("auto", "hutchinson", "xdiag"):
         raise ValueError(f"method is 'auto', 'hutchinson' or 'xdiag', but got {method!r}.")
     if method == "xdiag" and not A.symmetric:
         raise ValueError(f"xdiag is for symmetric matrices, but {A!r} is none. Take 'hutchinson'.")
     if (known := known_diagonal(A)) is not None:
-        return measurement.exact(known)
-    if products >= A.shape[0]:
-        return _summed(measurement)
-    plain = method == "hutchinson" or not A.symmetric or products < 4
-    estimates = _Averaged(measurement, seed) if plain else _LeftOut(measurement, seed)
-    return pursued(measurement, goal, estimates.upto, lambda: _summed(measurement))
+        return replace(measurement.exact(sums(known)), names=sums.names)
+    plain = method == "hutchinson" or not A.symmetric or goal.most < 4
+    estimates = _Averaged(measurement, sums, seed) if plain else _LeftOut(measurement, sums, seed)
+    return replace(pursued(measurement, goal, estimates.upto, lambda: _summed(measurement, sums)), names=sums.names)
 
 
-def _summed(measurement: Measurement) -> Estimate:
+def _summed(measurement: Measurement, sums: _Sums) -> Estimate:
     """From one product with each vector of the standard basis."""
     n, entries = measurement.operator.shape[0], []
     for some, _ in columns(measurement):
         entries.append(some)
         measurement.report(measurement.products, n, unit="products")
-    return measurement.exact(torch.cat(entries))
+    return measurement.exact(sums(torch.cat(entries)))
 
 
 class _Moments:
@@ -81,6 +152,14 @@ class _Moments:
         self.squares += away * (vector - self.mean)
 
     @property
+    def state(self) -> dict[str, Tensor]:
+        return {"count": torch.tensor(self.count), "mean": self.mean, "squares": self.squares}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state`."""
+        self.count, self.mean, self.squares = int(state["count"]), state["mean"], state["squares"]
+
+    @property
     def stderr(self) -> Float[Tensor, " n"]:
         """Of the mean, if the vectors were independent."""
         return (self.squares / (self.count - 1) / self.count).sqrt()
@@ -89,31 +168,44 @@ class _Moments:
 class _Averaged:
     """The mean of z * Az over random signs z."""
 
-    def __init__(self, measurement: Measurement, seed: int) -> None:
-        self.measurement, space = measurement, measurement.operator.domain
+    def __init__(self, measurement: Measurement, sums: _Sums, seed: int) -> None:
+        self.measurement, self.sums, space = measurement, sums, measurement.operator.domain
         self.draws = space.draws(seed=seed)
-        self.moments = _Moments(space.size, space.device)
+        self.moments = _Moments(sums.size, space.device)
+        if (state := measurement.resume()) is not None:
+            self.moments.load(state)
+            next(islice(self.draws, self.moments.count, self.moments.count), None)
 
     def upto(self, products: int) -> Iterator[Estimate | None]:
-        """Spend so many products; yields the estimate after each block."""
+        """Spend so many products, with those before; yields the estimate after each block."""
+        if self.moments.count > 1:  # of an earlier process
+            yield self.estimate()
         for rows in blocks(self.draws, products - self.measurement.products):
-            for row, image in zip(rows, self.measurement.apply(rows), strict=True):
-                self.moments.add((row * image).double())
-            count = self.moments.count
-            if count > 1:
-                mean, stderr = self.moments.mean.clone(), self.moments.stderr
-                yield self.measurement.estimate(mean, stderr, samples=count, dof=count - 1, floor=0.0)
+            record = self.measurement.once(partial(self._products, rows))
+            for vector in record["vectors"]:
+                self.moments.add(vector.double())
+            self.measurement.keep(self.moments.state)
+            yield self.estimate() if self.moments.count > 1 else None
+
+    def estimate(self) -> Estimate:
+        """What all vectors so far amount to."""
+        count, mean, stderr = self.moments.count, self.moments.mean.clone(), self.moments.stderr
+        return self.measurement.estimate(mean, stderr, samples=count, dof=count - 1, floor=0.0)
+
+    def _products(self, rows: Float[Tensor, "k n"]) -> dict[str, Tensor]:
+        vectors = rows * self.measurement.apply(rows)
+        return {"vectors": torch.stack([self.sums(vector) for vector in vectors])}
 
 
 class _LeftOut:
     """The mean over random signs of estimates that leave one of them out of the sketch."""
 
-    def __init__(self, measurement: Measurement, seed: int) -> None:
-        self.sketch = XTrace(measurement, seed, kind="signs")
+    def __init__(self, measurement: Measurement, sums: _Sums, seed: int) -> None:
+        self.sketch, self.sums = XTrace(measurement, seed, kind="signs"), sums
 
     def upto(self, products: int) -> Iterator[Estimate | None]:
-        """Spend so many products; yields the estimate after the last."""
-        for _ in self.sketch.grow(products // 2):
+        """Spend so many products, with those before; yields the estimate after the last."""
+        for _ in self.sketch.grow(products // 2 - len(self.sketch.probes)):
             yield None
         yield self.estimate()
 
@@ -121,10 +213,10 @@ class _LeftOut:
         """What all vectors so far amount to."""
         sketch, space = self.sketch, self.sketch.space
         inside = (sketch.basis.double() * sketch.products.double()).sum(0)
-        S, moments = sketch.left_out(sketch.factor), _Moments(space.size, space.device)
+        S, moments = sketch.left_out(sketch.factor), _Moments(self.sums.size, space.device)
         if S is None:  # the sketch has all of the range
             floor = 10 * space.eps * float(space.norms(sketch.images).max())
-            return sketch.measurement.exact(inside, floor=floor)
+            return sketch.measurement.exact(self.sums(inside), floor=floor)
         T = space.inner(sketch.products, sketch.probes)
         for i, (probe, image) in enumerate(zip(sketch.probes, sketch.images, strict=True)):
             s, t = S[:, i], T[:, i]
@@ -133,7 +225,7 @@ class _LeftOut:
                 for row, rows in ((s, sketch.basis), (s, sketch.products), (t, sketch.basis))
             )
             rest = image.double() - seen + out * float(s @ t)
-            moments.add(inside - out * through + probe.double() * rest)
+            moments.add(self.sums(inside - out * through + probe.double() * rest))
         spread = sketch.inflation * moments.stderr
         return sketch.measurement.estimate(
             moments.mean, spread, samples=moments.count, dof=moments.count - 1, floor=0.0

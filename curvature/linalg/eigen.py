@@ -143,8 +143,12 @@ def _iterate(
     was seen that often there may be more copies of it: as many random vectors again are added to the converged pairs,
     and given as many steps as the first ones took.
     """
-    seen, wait, first = 0, 0, 0
-    for step in range(1, max_steps + 1):
+    done, seen, wait, first = 0, 0, 0, 0
+    if (state := krylov.measurement.resume()) is not None:
+        krylov.load(state)
+        done, seen, wait, first = state["counts"].tolist()
+        next(islice(draws, seen, seen), None)
+    for step in range(done + 1, max_steps + 1):
         if krylov.width == 0:  # at the start, and when the basis is invariant but more is wanted of it
             krylov.start(torch.stack(list(islice(draws, block))))
             seen += block
@@ -168,6 +172,7 @@ def _iterate(
         elif krylov.size + krylov.width > krylov.capacity and krylov.capacity < krylov.space.size:
             keep = min(k + (krylov.multiplied - k) // 2, krylov.multiplied - krylov.width)
             krylov.restart(values[order[:keep]], vectors[:, order[:keep]])
+            krylov.measurement.keep({**krylov.state, "counts": torch.tensor([step, seen, wait, first])})
         else:
             krylov.extend()
 

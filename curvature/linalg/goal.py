@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from curvature.errors import Interrupted
 from curvature.linalg.measurement import Measurement
-from curvature.result import Estimate
+from curvature.result import Estimate, with_error
 
 FIRST, GROWTH = 24, 1.5  # products before the first look, and how many times as many before each next one
 CAP = 10_000  # products, where no other cap is given
@@ -19,6 +18,8 @@ CAP = 10_000  # products, where no other cap is given
 @dataclass(frozen=True)
 class Goal:
     """A budget of `products`; or an interval at `level` whose half-width is at most atol + rtol |true value|.
+
+    Of vectors these are Euclidean norms.
 
     The interval is looked at when there are 24 products, 36, 54, and so on: after every product there would be so many
     chances to stop too early that it would hold the truth less often than it says. `max_products` and `max_seconds` are
@@ -31,7 +32,6 @@ class Goal:
     level: float = 0.95
     max_products: int = CAP
     max_seconds: float = math.inf
-    started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
         if self.products < 2:
@@ -58,6 +58,11 @@ class Goal:
         return self.max_products if self.adaptive else self.products
 
     @property
+    def first(self) -> int:
+        """Products before the first look."""
+        return min(FIRST, self.most) if self.adaptive else self.products
+
+    @property
     def options(self) -> dict[str, Any]:
         """What was asked for, as results keep it."""
         if not self.adaptive:
@@ -66,21 +71,40 @@ class Goal:
         tolerances = {"rtol": self.rtol, "atol": self.atol, "level": self.level}
         return {**tolerances, "max_products": self.max_products, **seconds}
 
-    def looks(self) -> Iterator[int]:
-        """The numbers of products after which to look at the estimate."""
-        look = float(FIRST) if self.adaptive else self.products
+    def looks(self, measurement: Measurement) -> Iterator[int]:
+        """The numbers of products after which to look at the estimate, while there is time."""
+        look = float(self.first)
         while look < self.most:
             yield math.ceil(look)
-            if time.perf_counter() - self.started > self.max_seconds:
+            if measurement.seconds > self.max_seconds:
                 return
             look *= GROWTH
         yield self.most
 
     def reached(self, estimate: Estimate) -> bool:
         """Whether the interval meets the tolerance, wherever in it the truth may be."""
-        low, high = (float(bound) for bound in estimate.interval(self.level))
-        least = max(0.0, low, -high)  # of the absolute value
-        return (high - low) / 2 <= (self.atol or 0.0) + (self.rtol or 0.0) * least
+        return self.excess(estimate) <= 1
+
+    def excess(self, estimate: Estimate) -> float:
+        """How many times as wide as the tolerance allows the interval is."""
+        low, high = estimate.interval(self.level)
+        half = float((high - low).norm()) / 2
+        least = max(0.0, float(estimate.value.norm()) - half)  # of the truth, wherever it is
+        allowed = (self.atol or 0.0) + (self.rtol or 0.0) * least
+        return half / allowed if allowed else math.inf if half else 0.0
+
+    def expected(self, products: int, estimate: Estimate | None) -> int:
+        """The products it will take in all: widths fall with the root of their number."""
+        if not self.adaptive or estimate is None:
+            return self.most
+        return math.ceil(min(self.most, products * max(1.0, self.excess(estimate)) ** 2))
+
+
+def shown(question: str, estimate: Estimate) -> str:
+    """The estimate with its error on one line, of a vector the typical error."""
+    if estimate.value.ndim == 0:
+        return f"{question} {with_error(float(estimate.value), float(estimate.stderr))}"
+    return f"{question}, median stderr {float(estimate.stderr.median()):.2g}"
 
 
 def pursued(
@@ -96,14 +120,13 @@ def pursued(
     """
     estimate = None
     try:
-        for look in goal.looks():
+        for look in goal.looks(measurement):
             if look >= measurement.operator.shape[0]:
-                return replace(exactly(), converged=True)
+                return replace(exactly(), converged=True if goal.adaptive else None)
             for estimate in upto(look):
-                note = ""
-                if estimate is not None and estimate.value.ndim == 0:
-                    note = f"{measurement.question} {float(estimate.value):.5g}"
-                measurement.report(measurement.products, look, note, unit="products")
+                note = "" if estimate is None else shown(measurement.question, estimate)
+                expected = max(look, goal.expected(measurement.products, estimate))
+                measurement.report(measurement.products, expected, note, unit="products")
             if estimate is not None and goal.adaptive and goal.reached(estimate):
                 return replace(estimate, converged=True)
     except KeyboardInterrupt as stop:

@@ -8,6 +8,8 @@ Eigenvalue Problems, chapter 6.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -118,6 +120,21 @@ class Krylov:
         projected = self._projected.new_zeros(self.capacity, self.capacity)
         projected[: len(self._projected), : len(self._projected)] = self._projected
         self._projected = projected
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """All there is to go on from after a restart."""
+        scalars = (self.capacity, self.width, self.multiplied, self.noise, self.scale)
+        basis, projected = self._basis[: self.size], self._projected[: self.size, : self.size]
+        return {"basis": basis, "projected": projected, "scalars": torch.tensor(scalars, dtype=torch.float64)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state`."""
+        capacity, width, multiplied, self.noise, self.scale = state["scalars"].tolist()
+        self.enlarge(int(capacity) - self.capacity)
+        self.size, self.width, self.multiplied = len(state["basis"]), int(width), int(multiplied)
+        self._basis[: self.size] = state["basis"]
+        self._projected[: self.size, : self.size] = state["projected"]
 
     def residuals(self, vectors: Float[Tensor, "d k"]) -> Float[Tensor, " k"]:
         """Norms of A y - theta y for the Ritz vectors y = vectors^T V: what A y has outside the basis."""

@@ -1,24 +1,33 @@
-"""One question put to one operator: its products are counted, timed and checked here and nowhere else."""
+"""One question put to one operator: its products are counted, timed, checked and kept here and nowhere else."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvature.errors import NonFinite
+from curvature.errors import BadFile, NonFinite
+from curvature.io.journal import Journal
 from curvature.linalg.memory import peak_bytes
-from curvature.linalg.operator import LinearOperator
+from curvature.linalg.operator import LinearOperator, Scaled
 from curvature.progress import Progress, Run
-from curvature.result import Cost, Estimate, Origin
+from curvature.result import Cost, Estimate, Origin, versions
+
+Record = dict[str, Tensor]
+SPENT, STATE = "_spent", "_state"  # beside the tensors of a record: its cost, and the mark of a state
 
 
 class Measurement:
-    """What a question has asked of an operator so far. Every product of a measurement goes through `apply`."""
+    """What a question has asked of an operator so far. Every product of a measurement goes through `apply`.
+
+    With a checkpoint what was computed is read from there as long as there is some. All questions are functions of the
+    products and their options alone, so that the rest comes out as it would have.
+    """
 
     def __init__(
         self,
@@ -39,25 +48,50 @@ class Measurement:
         self.products = 0
         self._started = time.perf_counter()
         self._passes = self._passes_of_parts()
+        self._reading = self.run.checkpoint is not None  # whether there may be more in the checkpoint
+        self._next: dict[str, Tensor] | None = None  # what was read of it but not used
+        self._trusted = False  # that the operator gives the products in it
+        self._inside = False  # of `once`
         if A.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(A.device)
 
     def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
         """A times each row; NonFinite when a product is not finite, which would poison all that follows."""
-        if self.products == 0:
-            describe(self.operator)  # hashes model and data: should that fail, then before the work
-        self.products += len(rows)
-        product = self.operator.apply(rows).detach()  # of a matrix that is a parameter, say
-        if not torch.isfinite(product).all():
-            raise NonFinite(
-                f"A product with {self.operator!r} has entries that are not finite.",
-                "Check the weights and the loss for NaN and overflow, or measure in float64.",
-            )
-        return product
+        return self.once(lambda: {"products": self._multiplied(rows)})["products"]
+
+    def once(self, compute: Callable[[], Record]) -> Record:
+        """What `compute` makes of some products; where the checkpoint holds that, what it says."""
+        if self._inside or self.run.checkpoint is None:
+            return compute()
+        if (record := self._peek()) is None:
+            record = self._computed(compute)
+            self._journal.append({**record, SPENT: self._spent})
+            return record
+        if not self._trusted:
+            self._compare(record, self._computed(compute))
+        return self._taken()
+
+    def resume(self) -> Record | None:
+        """The state that was kept, where the checkpoint begins with one."""
+        record = None if self.run.checkpoint is None else self._peek()
+        return self._taken() if record is not None and STATE in record else None
+
+    def keep(self, state: Record) -> None:
+        """Put the whole state of the question in the place of what led to it in the checkpoint, where that takes more
+        than twice the room: it does not grow without end."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        if self.run.checkpoint is not None and self._peek() is None and self._journal.size > 2 * size:
+            self._journal.replace({**state, STATE: torch.zeros(0), SPENT: self._spent})
 
     def report(self, done: int, total: int, note: str = "", unit: str = "steps") -> None:
         """Tell whoever listens that `done` of `total` units of work are done."""
-        self.run.report(Progress(self.question, done, total, unit, note))
+        left = self.seconds * (total / done - 1)
+        self.run.report(Progress(self.question, done, total, unit, note, left))
+
+    @property
+    def seconds(self) -> float:
+        """How long it has taken until now, that of an earlier process included."""
+        return time.perf_counter() - self._started
 
     @property
     def cost(self) -> Cost:
@@ -65,7 +99,7 @@ class Measurement:
         return Cost(
             products=self.products,
             passes=self._passes_of_parts() - self._passes,
-            seconds=time.perf_counter() - self._started,
+            seconds=self.seconds,
             peak_bytes=peak_bytes(self.operator.device),
         )
 
@@ -83,7 +117,7 @@ class Measurement:
         """The result of a measurement that took no samples; `floor` bounds its rounding."""
         return self.estimate(value, torch.zeros(()), samples=0, dof=0, floor=floor)
 
-    def estimate(self, value: Tensor, stderr: Tensor, *, samples: int, dof: float, floor: float) -> Estimate:
+    def estimate(self, value: Tensor, stderr: Tensor, *, samples: int, dof: float, floor: float | Tensor) -> Estimate:
         """The result that so many samples amount to."""
         return Estimate(
             value=value.cpu(),
@@ -95,14 +129,76 @@ class Measurement:
             origin=self.origin,
         )
 
+    def _multiplied(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
+        if self.products == 0:
+            describe(self.operator)  # hashes model and data: should that fail, then before the work
+        self.products += len(rows)
+        product = self.operator.apply(rows).detach()  # of a matrix that is a parameter, say
+        if not torch.isfinite(product).all():
+            raise NonFinite(
+                f"A product with {self.operator!r} has entries that are not finite.",
+                "Check the weights and the loss for NaN and overflow, or measure in float64.",
+            )
+        return product
+
+    @cached_property
+    def _journal(self) -> Journal:
+        assert self.run.checkpoint is not None
+        origin = {name: value for name, value in self.described.items() if name != "engines"}  # until now none
+        heading = {"question": self.question, "options": self.options, "seed": self.seed, "operator": origin}
+        facts = {"threads": torch.get_num_threads(), "versions": versions()}
+        return Journal(self.run.checkpoint, {**heading, **facts})
+
+    @property
+    def _spent(self) -> Tensor:
+        cost = self.cost
+        return torch.tensor([cost.products, cost.passes, cost.seconds], dtype=torch.float64)
+
+    def _computed(self, compute: Callable[[], Record]) -> Record:
+        self._inside = True
+        try:
+            return compute()
+        finally:
+            self._inside = False
+
+    def _peek(self) -> Record | None:
+        """The next record of the checkpoint, if there is one."""
+        if self._next is None and self._reading:
+            self._next = self._journal.read()
+            self._reading = self._next is not None
+        return self._next
+
+    def _taken(self) -> Record:
+        """The next record, and the cost as it was when it was written."""
+        assert self._next is not None
+        record, self._next, self._trusted = self._next, None, True
+        products, passes, seconds = record.pop(SPENT).tolist()
+        self.products = int(products)
+        self._passes = self._passes_of_parts() - int(passes)
+        self._started = time.perf_counter() - seconds
+        # copies: where a tensor begins in memory may decide about the bits of what is computed from it
+        return {name: tensor.to(self.operator.device, copy=True) for name, tensor in record.items()}
+
+    def _compare(self, record: Record, fresh: Record) -> None:
+        """Refuse a checkpoint of another matrix, of which nothing but its numbers may tell."""
+        for name, tensor in fresh.items():
+            kept = record.get(name)
+            near = self.operator.domain.eps**0.5 * float(tensor.abs().max()) if tensor.numel() else 0.0
+            if kept is None or kept.shape != tensor.shape or float((kept - tensor.cpu()).abs().max()) > near:
+                raise BadFile(
+                    f"The products in {self.run.checkpoint} are not those of {self.operator!r}.",
+                    "Ask about the same matrix to go on with it, or give another path.",
+                )
+
     def _passes_of_parts(self) -> int:
         meters = {id(leaf.meter): leaf.meter for leaf in self.operator.leaves() if leaf.meter}
         return sum(meter.passes for meter in meters.values())
 
 
 def describe(A: LinearOperator) -> dict[str, Any]:
-    """What A was made from, JSON-ready; a composition lists its parts."""
+    """What A was made from, JSON-ready; a composition describes its parts."""
     facts = {"shape": list(A.shape), "dtype": str(A.dtype).removeprefix("torch."), "device": str(A.device)}
     if A.source or not A.parts:
         return {**A.source, **facts}
-    return {"operator": type(A).__name__, **facts, "parts": [dict(leaf.source) for leaf in A.leaves()]}
+    scale = {"scale": A.scale} if isinstance(A, Scaled) else {}
+    return {"operator": type(A).__name__, **scale, **facts, "parts": [describe(part) for part in A.parts]}

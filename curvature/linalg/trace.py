@@ -79,7 +79,7 @@ def trace(
         case "xnystrace":
             estimates = LeftOut(XNysTrace(measurement, seed))
         case "krylov":
-            basis = KrylovBasis(measurement, next(goal.looks()), seed)
+            basis = KrylovBasis(measurement, goal.first, seed)
             estimates = Deflated(basis, control, seed=seed, kept=goal.adaptive)
         case "hutch++":
             estimates = Deflated(SketchBasis(measurement, seed), control, seed=seed, kept=goal.adaptive)
@@ -92,9 +92,9 @@ def _summed(measurement: Measurement) -> Estimate:
     """The sum of the diagonal, from one product with each vector of the standard basis."""
     A, done = measurement.operator, 0
     total, square = torch.zeros((), dtype=torch.float64, device=A.device), 0.0
-    for entries, products in columns(measurement):
+    for entries, squares in columns(measurement):
         done += len(entries)
         total += entries.sum()
-        square += float(A.domain.norms(products).square().sum())
+        square += float(squares.sum())
         measurement.report(done, A.shape[0], f"trace {float(total):.5g}", unit="products")
     return measurement.exact(total, floor=10 * A.domain.eps * square**0.5)

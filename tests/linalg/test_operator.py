@@ -299,7 +299,9 @@ def test_leaves_are_each_listed_once_and_passes_counted_once():
     measurement = Measurement(B, "test", options={})
     measurement.apply(torch.ones(4, N, dtype=torch.float64))
     assert (measurement.cost.products, measurement.cost.passes) == (4, 3)
-    assert {part["operator"] for part in describe(B)["parts"]} == {"Counted", "Identity"}
+    described = describe(B)["parts"]
+    assert [part["operator"] for part in described] == ["Sum", "Scaled"]
+    assert described[1]["scale"] == -1 and described[1]["parts"][0]["parts"][0]["operator"] == "Identity"
     assert describe(B)["operator"] == "Sum" and describe(B)["shape"] == [N, N]
 
 
