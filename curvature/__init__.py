@@ -13,9 +13,14 @@ from curvature.linalg.diagonal import block_traces as block_traces
 from curvature.linalg.diagonal import diagonal as diagonal
 from curvature.linalg.eigen import Eigenpairs as Eigenpairs
 from curvature.linalg.eigen import eigsh as eigsh
+from curvature.linalg.functional import effective_rank as effective_rank
+from curvature.linalg.functional import frobenius_norm as frobenius_norm
+from curvature.linalg.functional import logdet as logdet
+from curvature.linalg.functional import participation_ratio as participation_ratio
+from curvature.linalg.functional import spectral_moments as spectral_moments
+from curvature.linalg.functional import trace_of as trace_of
 from curvature.linalg.functions import eigenvalues as eigenvalues
 from curvature.linalg.functions import inverse as inverse
-from curvature.linalg.functions import logdet as logdet
 from curvature.linalg.functions import power as power
 from curvature.linalg.operator import Identity as Identity
 from curvature.linalg.operator import LinearOperator as LinearOperator

@@ -137,6 +137,8 @@ class Deflated:
     The vectors are `kept` where the basis may grow after them: components are taken out again, without new products.
     """
 
+    looks = 1
+
     def __init__(self, basis: Basis, control: LinearOperator | None, *, seed: int, kept: bool) -> None:
         self.basis, self.control, self.kept = basis, control, kept
         self.measurement, self.space = basis.measurement, basis.space

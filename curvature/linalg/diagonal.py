@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from curvature.linalg.deflation import blocks, columns
 from curvature.linalg.exchangeable import XTrace
-from curvature.linalg.goal import CAP, Goal, pursued
+from curvature.linalg.goal import CAP, Budget, Goal, pursued
 from curvature.linalg.measurement import Measurement
 from curvature.linalg.operator import LinearOperator, as_operator
 from curvature.linalg.space import Space
@@ -64,19 +64,14 @@ def block_traces(
     A: LinearOperator,
     places: Mapping[str, slice | Tensor],
     *,
-    products: int = 32,
-    rtol: float | None = None,
-    atol: float | None = None,
-    level: float = 0.95,
-    max_products: int = CAP,
-    max_seconds: float = math.inf,
     method: DiagonalMethod = "auto",
     seed: int = 0,
     run: Run | None = None,
+    **budget: Unpack[Budget],
 ) -> Estimate:
     """The traces (b,) of the diagonal blocks of A at `places` (coordinates by name), all from the same products.
 
-    The sums of the entries of `diagonal`, whose options these are; for layers, `places` is
+    The sums of the entries of `diagonal`, with its options and budget; for layers, `places` is
     `objective.space.places("layer")`. The error of a block has a share from the entries of A between it and the others,
     which for a small block beside large ones is most of it: `by_layer(trace, A)` has none of that, and takes as many
     products for each.
@@ -85,7 +80,7 @@ def block_traces(
     >>> block_traces(Diagonal(torch.tensor([1.0, 2.0, 4.0])), {"a": slice(0, 2), "b": slice(2, 3)}).value
     tensor([3., 4.], dtype=torch.float64)
     """
-    goal = Goal(products, rtol, atol, level, max_products, max_seconds)
+    goal = Goal(**{"products": 32, **budget})
     return _sums(as_operator(A), "block_traces", places, goal, method, seed, run)
 
 
@@ -126,7 +121,7 @@ def _sums(
         return replace(measurement.exact(sums(known)), names=sums.names)
     plain = method == "hutchinson" or not A.symmetric or goal.most < 4
     estimates = _Averaged(measurement, sums, seed) if plain else _LeftOut(measurement, sums, seed)
-    return replace(pursued(measurement, goal, estimates.upto, lambda: _summed(measurement, sums)), names=sums.names)
+    return replace(pursued(measurement, goal, estimates, lambda: _summed(measurement, sums)), names=sums.names)
 
 
 def _summed(measurement: Measurement, sums: _Sums) -> Estimate:
@@ -168,6 +163,8 @@ class _Moments:
 class _Averaged:
     """The mean of z * Az over random signs z."""
 
+    looks = 1
+
     def __init__(self, measurement: Measurement, sums: _Sums, seed: int) -> None:
         self.measurement, self.sums, space = measurement, sums, measurement.operator.domain
         self.draws = space.draws(seed=seed)
@@ -199,6 +196,8 @@ class _Averaged:
 
 class _LeftOut:
     """The mean over random signs of estimates that leave one of them out of the sketch."""
+
+    looks = 2
 
     def __init__(self, measurement: Measurement, sums: _Sums, seed: int) -> None:
         self.sketch, self.sums = XTrace(measurement, seed, kind="signs"), sums

@@ -11,10 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvature.linalg.measurement import Measurement, describe
+from curvature.linalg.measurement import describe
 from curvature.linalg.operator import Identity, LinearOperator, Scaled, Sum
 from curvature.linalg.structured import BlockDiagonal, Dense, Diagonal, Kronecker, Spectral
-from curvature.result import Estimate
 
 
 def power(A: LinearOperator, exponent: float, *, damping: float = 0.0) -> LinearOperator:
@@ -43,17 +42,6 @@ def inverse(A: LinearOperator, *, damping: float = 0.0) -> LinearOperator:
     Damping is added to the eigenvalues themselves, not to the factors of Kronecker products.
     """
     return power(A, -1, damping=damping)
-
-
-def logdet(A: LinearOperator, *, damping: float = 0.0) -> Estimate:
-    """The logarithm of the determinant of A + damping I, exact, for positive definite A of known structure.
-
-    >>> logdet(Identity(Diagonal(torch.ones(3)).domain) * 2.0).value
-    tensor(2.0794, dtype=torch.float64)
-    """
-    measurement = Measurement(A, "logdet", options={"damping": damping})
-    values = eigenvalues(A).double() + damping
-    return measurement.exact(_finite(values.log(), values, "logarithm").sum())
 
 
 def eigenvalues(A: LinearOperator) -> Float[Tensor, " n"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, TypedDict
 
 from curvature.errors import Interrupted
 from curvature.linalg.measurement import Measurement
@@ -13,6 +13,17 @@ from curvature.result import Estimate, with_error
 
 FIRST, GROWTH = 24, 1.5  # products before the first look, and how many times as many before each next one
 CAP = 10_000  # products, where no other cap is given
+
+
+class Budget(TypedDict, total=False):
+    """The options of a Goal that a caller may give."""
+
+    products: int
+    rtol: float | None
+    atol: float | None
+    level: float
+    max_products: int
+    max_seconds: float
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,7 @@ class Goal:
     level: float = 0.95
     max_products: int = CAP
     max_seconds: float = math.inf
+    least: int = FIRST  # products before the first look
 
     def __post_init__(self) -> None:
         if self.products < 2:
@@ -60,7 +72,7 @@ class Goal:
     @property
     def first(self) -> int:
         """Products before the first look."""
-        return min(FIRST, self.most) if self.adaptive else self.products
+        return min(self.least, self.most) if self.adaptive else self.products
 
     @property
     def options(self) -> dict[str, Any]:
@@ -107,28 +119,35 @@ def shown(question: str, estimate: Estimate) -> str:
     return f"{question}, median stderr {float(estimate.stderr.median()):.2g}"
 
 
-def pursued(
-    measurement: Measurement,
-    goal: Goal,
-    upto: Callable[[int], Iterator[Estimate | None]],
-    exactly: Callable[[], Estimate],
-) -> Estimate:
+class Sampler(Protocol):
+    """What makes estimates of products: the goal has to be reached at so many `looks` in a row."""
+
+    looks: int
+
+    def upto(self, products: int) -> Iterator[Estimate | None]:
+        """Spend so many products, with those before; yields what there is to say after each block of them."""
+        ...
+
+
+def pursued(measurement: Measurement, goal: Goal, sampler: Sampler, exactly: Callable[[], Estimate]) -> Estimate:
     """The first estimate that reaches the goal, or the last one there is.
 
-    `upto` spends so many products, with those before, and yields what there is to say after each block of them; from as
-    many as A has rows on it is done `exactly` instead. An interrupt raises Interrupted with the last estimate.
+    From as many products as A has rows on it is done `exactly` instead. An interrupt raises Interrupted with the last
+    estimate.
     """
-    estimate = None
+    estimate, reached = None, 0
     try:
         for look in goal.looks(measurement):
             if look >= measurement.operator.shape[0]:
                 return replace(exactly(), converged=True if goal.adaptive else None)
-            for estimate in upto(look):
+            for estimate in sampler.upto(look):
                 note = "" if estimate is None else shown(measurement.question, estimate)
                 expected = max(look, goal.expected(measurement.products, estimate))
                 measurement.report(measurement.products, expected, note, unit="products")
-            if estimate is not None and goal.adaptive and goal.reached(estimate):
-                return replace(estimate, converged=True)
+            if estimate is not None and goal.adaptive:
+                reached = reached + 1 if goal.reached(estimate) else 0
+                if reached == sampler.looks:
+                    return replace(estimate, converged=True)
     except KeyboardInterrupt as stop:
         if estimate is None:
             raise

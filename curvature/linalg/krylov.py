@@ -64,6 +64,12 @@ class Krylov:
         T = self._projected[: self.multiplied, : self.multiplied]
         return (T + T.T) / 2
 
+    @property
+    def reaching(self) -> Float[Tensor, "s s"]:
+        """The same on all rows: zero on the frontier, of which only what couples it to those before is known."""
+        T = self._projected[: self.size, : self.size]
+        return (T + T.T) / 2
+
     def start(self, rows: Float[Tensor, "k n"]) -> slice:
         """Take what `rows` span beyond the basis as the frontier: the first, or a new one of an invariant basis.
 

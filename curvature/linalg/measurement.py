@@ -113,7 +113,7 @@ class Measurement:
         """What the operator was made from, and how its products have been computed."""
         return describe(self.operator)
 
-    def exact(self, value: Tensor, floor: float = 0.0) -> Estimate:
+    def exact(self, value: Tensor, floor: float | Tensor = 0.0) -> Estimate:
         """The result of a measurement that took no samples; `floor` bounds its rounding."""
         return self.estimate(value, torch.zeros(()), samples=0, dof=0, floor=floor)
 

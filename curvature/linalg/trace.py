@@ -85,7 +85,7 @@ def trace(
             estimates = Deflated(SketchBasis(measurement, seed), control, seed=seed, kept=goal.adaptive)
         case _:
             estimates = Deflated(Basis(measurement), control, seed=seed, kept=False)
-    return pursued(measurement, goal, estimates.upto, lambda: _summed(measurement))
+    return pursued(measurement, goal, estimates, lambda: _summed(measurement))
 
 
 def _summed(measurement: Measurement) -> Estimate:

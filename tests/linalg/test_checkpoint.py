@@ -30,6 +30,8 @@ QUESTIONS = {
     "sum": lambda A, run: cv.trace(A, products=N, run=run),
     "diagonal": lambda A, run: cv.diagonal(A, run=run),
     "diagonal, hutchinson": lambda A, run: cv.diagonal(A, method="hutchinson", products=59, run=run),
+    "moments": lambda A, run: cv.spectral_moments(A, products=50, run=run),
+    "log-determinant": lambda A, run: cv.logdet(A, damping=3.0, products=59, run=run),
     "block traces": lambda A, run: cv.block_traces(A, BLOCKS, method="hutchinson", products=40, run=run),
 }
 
