@@ -127,7 +127,7 @@ class Lobpcg:
         C = vectors[:, chosen].T  # X in terms of L^-1 S, whose rows are orthonormal
         led = torch.linalg.solve_triangular(L, C[active], upper=False, left=False)  # in terms of S
         led[:, : self.width] = 0  # without what was in X before
-        coefficients = torch.cat([C, beyond(Space(total, torch.float64, C.device), led @ L, C)])
+        coefficients = torch.cat([C, beyond(Space(total, torch.float64, C.device), led @ L, C)[: total - len(C)]])
         coefficients = torch.linalg.solve_triangular(L, coefficients, upper=False, left=False)
         self.multiplied = 0  # whoever is interrupted below finds nothing, rather than half of two blocks
         for start in range(0, self.space.size, CHUNK):  # in place, as in a restart of Krylov
