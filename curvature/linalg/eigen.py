@@ -56,7 +56,7 @@ def eigsh(
       up to 8 k more where random vectors are added to find all copies of an eigenvalue.
     - "lobpcg" is for a good `start`, as a step multiplies only what has not converged, and for a `preconditioner`: a
       positive definite operator near (A - c)^-1 in what it enlarges, for example the inverse of a psd A plus damping
-      for its smallest eigenvalues. `block` is k + 2, and no less than k. Memory: about 8 blocks.
+      for its smallest eigenvalues. `block` is k + 2, and no less than k. Memory: about 10 blocks.
     - "krylov", randomised block Krylov, takes the fewest passes, where many vectors in one cost little more than few.
       `block` is k + 2. Nothing is thrown away: memory for max_steps blocks.
 
@@ -68,6 +68,7 @@ def eigsh(
     """
     A = as_operator(A)
     n = A.shape[0]
+    preconditioner = None if preconditioner is None else as_operator(preconditioner)
     given = A.domain.empty if start is None else start.to(A.device, A.dtype)
     max_steps = (30 if method == "krylov" else 200) if max_steps is None else max_steps
     block = min(n, max(1, (4 if method == "lanczos" else k + SPARE) if block is None else block))
@@ -170,7 +171,7 @@ def _check(
     if method not in get_args(Method):
         raise ValueError(f"method is 'lanczos', 'lobpcg' or 'krylov', but got {method!r}.")
     if method == "lobpcg" and block < k:
-        raise ValueError(f"LOBPCG improves all k = {k} vectors at once, but block is {block}. Take 'lanczos', or none.")
+        raise ValueError(f"LOBPCG improves all k = {k} vectors at once, but block is {block}. Take more.")
     if given.ndim != 2 or given.shape[1] != A.shape[0]:
         raise ValueError(f"start holds rows of {A.shape[0]} entries, but has shape {tuple(given.shape)}.")
     lengths = A.domain.norms(given)

@@ -21,8 +21,8 @@ class Eigenpairs(Result):
     """Eigenvalues in the order asked for, with unit eigenvectors as rows.
 
     `residuals` are the norms of A v - value v, recomputed with fresh products. Guaranteed, but for rounding: an
-    eigenvalue of A lies within one residual of each value, and the i-th largest is not below the i-th largest value
-    (Courant & Fischer). `converged` says which residuals are below the tolerance.
+    eigenvalue of A lies within one residual of each value, and the i-th largest (smallest) of A is no less (no more)
+    than the i-th largest (smallest) value (Courant & Fischer). `converged`: which residuals are below the tolerance.
 
     `bounds` are sharper, and conditional: |eigenvalue - value| <= residual**2 / gap (Temple 1928, Kato 1949; Parlett
     1998, The Symmetric Eigenvalue Problem, chapter 10) if no other eigenvalue is nearer than the gap. That is taken
@@ -61,6 +61,7 @@ class Solver(Protocol):
     """What looks for eigenpairs: Krylov or Lobpcg."""
 
     measurement: Measurement
+    noise: float  # the largest |u.Av - v.Au| seen
 
     @property
     def rounding(self) -> float:
@@ -102,7 +103,7 @@ def eigenpairs(solver: Solver, ritz: Ritz, which: Which, rtol: float) -> Eigenpa
         values=values,
         vectors=ritz.rows,
         residuals=residuals,
-        bounds=temple(others, which).clamp(min=solver.rounding),
+        bounds=temple(others, which).clamp(min=max(solver.rounding, solver.noise)),
         converged=residuals <= tolerance(solver, values, rtol),
         complete=ritz.products is not None,
         cost=measurement.cost,

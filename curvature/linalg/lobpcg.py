@@ -24,9 +24,7 @@ from curvature.linalg.memory import need_basis
 from curvature.linalg.operator import LinearOperator
 from curvature.linalg.space import CHUNK, Space
 
-PATIENCE = (
-    6  # steps without progress before P is dropped: among many copies of one eigenvalue rounding decides about it
-)
+PATIENCE = 6  # steps without progress before P is dropped: among many copies of an eigenvalue, P may be but rounding
 
 
 class Lobpcg:
@@ -43,13 +41,13 @@ class Lobpcg:
         self.space: Space = measurement.operator.domain
         self.width = width  # rows of X
         room = min(3 * width, self.space.size)
-        need_basis(2 * room + 2 * width, self.space)  # with the residuals and what is made of them
+        need_basis(2 * room + 4 * width, self.space)  # with the residuals and what is made of them
         self._rows = torch.empty(room, self.space.size, dtype=self.space.dtype, device=self.space.device)
         self._products = torch.empty_like(self._rows)
         self.size = 0  # rows of X and P
         self.multiplied = 0  # rows of X whose values and residuals are known
         self.values = self.residuals = torch.zeros(0, dtype=torch.float64, device=self.space.device)
-        self.scale = 0.0  # the largest product seen, as in Krylov
+        self.noise = self.scale = 0.0  # the largest |u.Av - v.Au|, and product, seen: as in Krylov
 
     @property
     def rounding(self) -> float:
@@ -119,7 +117,8 @@ class Lobpcg:
         self.scale = max(self.scale, float(self.space.norms(products).max()))
         S, AS = self._rows[:total], self._products[:total]
         T = self.space.inner(S, AS)
-        check_symmetry(float((T - T.T).abs().max()), self.scale, self.space)
+        self.noise = max(self.noise, float((T - T.T).abs().max()))
+        check_symmetry(self.noise, self.scale, self.space)
         L = torch.linalg.cholesky(self.space.inner(S, S))  # close to the identity
         half = torch.linalg.solve_triangular(L, (T + T.T) / 2, upper=False)
         values, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(L, half.T, upper=False))
