@@ -54,9 +54,9 @@ def eigsh(
     - "lanczos", thick-restart block Lanczos, takes the fewest products of those that need no help. `block` is 4;
       eigenvalues of higher multiplicity take more rounds. Memory: about 3 k + 5 blocks of vectors, whatever the steps;
       up to 8 k more where random vectors are added to find all copies of an eigenvalue.
-    - "lobpcg" is for a good `start`, as a step multiplies only what has not converged, and for a `preconditioner`: a
-      positive definite operator near (A - c)^-1 in what it enlarges, for example the inverse of a psd A plus damping
-      for its smallest eigenvalues. `block` is k + 2, and no less than k. Memory: about 10 blocks.
+    - "lobpcg" is for a `preconditioner`: a positive definite operator near (A - c)^-1 in what it enlarges, for example
+      the inverse of a psd A plus damping for its smallest eigenvalues; and for a `start` that is nearly exact, as a
+      step multiplies only what has not converged. `block` is k + 2, and no less than k. Memory: about 10 blocks.
     - "krylov", randomised block Krylov, takes the fewest passes, where many vectors in one cost little more than few.
       `block` is k + 2. Nothing is thrown away: memory for max_steps blocks.
 
