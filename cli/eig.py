@@ -15,14 +15,15 @@ def eig(
     *,
     k: Count = 3,
     which: Literal["largest", "smallest", "both", "magnitude"] = "largest",
+    method: Literal["lanczos", "krylov"] = "lanczos",
     rtol: Tolerance = 1e-5,
-    max_steps: Positive = 200,
-    block: Positive = 4,
+    max_steps: Positive | None = None,
+    block: Positive | None = None,
     seed: Seed = 0,
     task: Task = Task(),
     output: Output = Output(),
 ) -> None:
-    """The k eigenvalues at one end, each with its residual, by thick-restart block Lanczos.
+    """The k eigenvalues at one end, each with its residual.
 
     Examples: `curv eig`; `curv eig model.pt -k 10 --which both`; `curv eig HF_DIR --loss ./task.py:loss --data x.npz`.
 
@@ -34,12 +35,14 @@ def eig(
         How many eigenvalues.
     which
         Which end, both, or largest in magnitude.
+    method
+        lanczos takes the fewest products; krylov the fewest passes over the data, and the most memory.
     rtol
         A pair has converged when its residual is below rtol times its value.
     max_steps
-        At most so many passes over the data.
+        At most so many passes over the data: 200, or 30 of krylov.
     block
-        Vectors multiplied at once.
+        Vectors multiplied at once: 4, or k + 2 of krylov.
     seed
         Of the random start vectors.
     """
@@ -47,8 +50,8 @@ def eig(
     import curvature as cv
 
     A = load_operator(model, task)
-    options: dict[str, Any] = {"which": which, "rtol": rtol, "max_steps": max_steps, "block": block, "seed": seed}
-    result = deliver(lambda run: cv.eigsh(A, k, run=run, **options), output, "eig")
+    options: dict[str, Any] = {"which": which, "method": method, "rtol": rtol, "max_steps": max_steps, "block": block}
+    result = deliver(lambda run: cv.eigsh(A, k, seed=seed, run=run, **options), output, "eig")
     if not result.converged.all():
         count = int((~result.converged).sum())
         warn(f"{count} of {k} eigenvalues have not converged: raise --max-steps or --rtol.")

@@ -150,8 +150,8 @@ class Krylov:
 
     @property
     def rounding(self) -> float:
-        """Norms up to this are rounding: of the entries in their dtype, and of the float64 sums over them."""
-        return 10 * (self.space.eps + torch.finfo(torch.float64).eps * self.space.size**0.5) * self.scale
+        """Norms up to this are rounding."""
+        return self.space.rounding(self.scale)
 
     def _append(self, rows: Tensor, *, small: float) -> slice:
         """Append what `rows` span, beyond `small`, as the frontier; returns where it lies.
@@ -179,14 +179,18 @@ class Krylov:
         self._projected[columns, rows] = coupling.T
 
     def _check_symmetry(self, coefficients: Tensor, frontier: slice) -> None:
-        """Refuse an operator whose projection is not symmetric: Lanczos would return numbers without meaning."""
         known = self._projected[: self.multiplied, frontier].T  # from earlier steps
         asymmetry = (coefficients[:, : self.multiplied] - known).abs().max() if self.multiplied else 0.0
         square = coefficients[:, frontier]
         asymmetry = max(float(asymmetry), float((square - square.T).abs().max()))
         self.noise = max(self.noise, asymmetry)
-        if asymmetry > max(self.space.eps**0.5, ROUNDED) * self.scale:
-            raise ValueError(
-                f"The operator is not symmetric: |u.Av - v.Au| reached {asymmetry:.2g}, with |A| about "
-                f"{self.scale:.2g}. If it comes from a model, objective.check() looks for the cause."
-            )
+        check_symmetry(asymmetry, self.scale, self.space)
+
+
+def check_symmetry(asymmetry: float, scale: float, space: Space) -> None:
+    """Refuse an operator whose projection is not symmetric: its Ritz values would be numbers without meaning."""
+    if asymmetry > max(space.eps**0.5, ROUNDED) * scale:
+        raise ValueError(
+            f"The operator is not symmetric: |u.Av - v.Au| reached {asymmetry:.2g}, with |A| about "
+            f"{scale:.2g}. If it comes from a model, objective.check() looks for the cause."
+        )

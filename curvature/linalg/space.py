@@ -101,6 +101,11 @@ class Space:
                 sample *= self.size**0.5 / torch.linalg.vector_norm(sample)
             yield sample.to(self.device, self.dtype)
 
+    def rounding(self, scale: float) -> float:
+        """Norms up to this are rounding, of the entries and of float64 sums over them, in vectors made of some that are
+        `scale` long."""
+        return 10 * (self.eps + torch.finfo(torch.float64).eps * self.size**0.5) * scale
+
     @property
     def empty(self) -> Float[Tensor, "0 n"]:
         """No vectors, as a block."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from matrices import Stopping, free, linspace, rotated, scaling, tensor
+from torch.overrides import TorchFunctionMode
 
 import curvature as cv
-from curvature.linalg import eigen
+from curvature.linalg import eigen, lobpcg
 from curvature.linalg.krylov import Krylov
 
 ENDS = ["largest", "smallest", "both", "magnitude"]
 WHICH = pytest.mark.parametrize("which", ENDS)
+METHODS = ["lanczos", "lobpcg", "krylov"]
+METHOD = pytest.mark.parametrize("method", METHODS)
 
 
 def zeros(n: int) -> torch.Tensor:
@@ -28,6 +31,16 @@ SPECTRA = {
     "eight decades": 10 ** linspace(-8, 0, 150),
     "both signs": torch.cat([10 ** linspace(-8, 0, 75), -(10 ** linspace(-8, -0.1, 75))]),
     "polynomial": 1 / torch.arange(1, 151, dtype=torch.float64) ** 2,
+}
+
+
+SHAPES = {  # as the spectra of networks come; no eigenvalue is minus another, so that "magnitude" has one order
+    "clustered": torch.cat([5 + 1e-3 * linspace(0, 1, 12), linspace(-0.93, 1, 148)]),
+    "repeated": torch.cat([tensor(*[3.0] * 12, *[2.0] * 6, *[-1.7] * 3), linspace(-0.93, 1, 139)]),
+    "low rank": torch.cat([linspace(1, 10, 20), zeros(140)]),
+    "power law": 1 / torch.arange(1, 161, dtype=torch.float64),
+    "indefinite": torch.cat([linspace(-8, -2.1, 15), linspace(2, 12, 20), linspace(-0.93, 1, 125)]),
+    "exponential": 0.9 ** torch.arange(160, dtype=torch.float64),
 }
 
 
@@ -57,6 +70,7 @@ def check(A: cv.LinearOperator, matrix: torch.Tensor, pairs: cv.Eigenpairs, k: i
     torch.testing.assert_close(pairs.residuals, residuals, rtol=1e-6, atol=10 * ulp * scale)
     distance = (truth - pairs.values.unsqueeze(1)).abs().amin(1)
     assert (distance <= pairs.residuals + 10 * ulp * scale).all()
+    assert (pairs.bounds <= pairs.residuals.clamp(min=1e5 * ulp * scale)).all()
 
 
 @WHICH
@@ -72,6 +86,209 @@ def test_finds_the_eigenvalues_of_eigh(name, k, which):
     assert (pairs.residuals <= 1e-5 * pairs.values.abs() + 1e-13 * float(matrix.norm()))[done].all()
     if which == "largest" or name not in ("eight decades", "both signs", "polynomial"):  # dense around zero
         assert done.all()
+
+
+@WHICH
+@METHOD
+@pytest.mark.parametrize("k", [1, 10, 30, 100])
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_method_finds_the_eigenvalues_of_eigh(name, k, which, method):
+    """To the bounds, which hold as no eigenvalue was missed; what has not converged is marked."""
+    matrix = rotated(SHAPES[name])
+    steps = 400 if name == "repeated" else 40  # Lanczos finds twelve copies in rounds
+    pairs = cv.eigsh(free(matrix), k, which=which, method=method, max_steps=steps)
+    check(free(matrix), matrix, pairs, k)
+    done = pairs.converged
+    errors = (pairs.values - expected(torch.linalg.eigvalsh(matrix), k, which)).abs()
+    assert (errors <= pairs.bounds)[done].all()
+    assert (pairs.residuals <= 1e-5 * pairs.values.abs() + 1e-12 * float(matrix.norm()))[done].all()
+    easy = "power law", "indefinite", "exponential"
+    if (k > 1 and (method == "krylov" or name == "low rank")) or (which == "largest" and k != 30 and name in easy):
+        assert done.all()
+
+
+@WHICH
+@METHOD
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_method_works_in_float32(name, which, method):
+    matrix = rotated(SHAPES[name]).float()
+    pairs = cv.eigsh(free(matrix), 10, which=which, method=method, max_steps=40)
+    check(free(matrix), matrix, pairs, 10, ulp=1e-7)
+    done = pairs.converged
+    errors = (pairs.values - expected(torch.linalg.eigvalsh(matrix.double()), 10, which)).abs()
+    assert (errors <= pairs.bounds)[done].all()
+    assert pairs.vectors.dtype == torch.float32
+    if which in ("largest", "magnitude") or name == "low rank":
+        assert done.all()
+
+
+@METHOD
+def test_a_hundred_pairs_of_a_large_matrix(method):
+    values = 1 / torch.arange(1, 2001, dtype=torch.float64)
+    pairs = cv.eigsh(scaling(values), 100, method=method)
+    assert pairs.converged.all()
+    assert ((pairs.values - values[:100]).abs() <= pairs.bounds).all()
+    torch.testing.assert_close(pairs.vectors @ pairs.vectors.T, torch.eye(100).double(), rtol=0, atol=1e-11)
+
+
+def lanczos_without_reorthogonalisation(values: torch.Tensor, steps: int) -> torch.Tensor:
+    """The Ritz values of a diagonal matrix as a peer computes them, largest first."""
+    v = torch.randn(len(values), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before, v, beta = torch.zeros_like(v), v / v.norm(), torch.zeros(())
+    diagonal, below = [], []
+    for _ in range(steps):
+        w = values * v - beta * before
+        diagonal.append(w @ v)
+        w -= diagonal[-1] * v
+        beta = w.norm()
+        below.append(beta)
+        before, v = v, w / beta
+    off = torch.diag(torch.stack(below[:-1]), 1)
+    return torch.linalg.eigvalsh(torch.diag(torch.stack(diagonal)) + off + off.T).flip(0)
+
+
+@METHOD
+def test_where_a_peer_returns_ghosts_all_thirty_pairs_are_true(method):
+    """hessian-eigenthings' lanczos(k=30) takes 60 steps, without reorthogonalisation where there are more than 50."""
+    values = 60 * 0.5 ** torch.arange(500, dtype=torch.float64)
+    ghosts = lanczos_without_reorthogonalisation(values, 60)[:30]
+    assert int(((ghosts - values[:30].unsqueeze(1)).abs().amin(1) > 1e-3 * values[:30]).sum()) > 20  # missed for copies
+    matrix = rotated(values)
+    pairs = cv.eigsh(free(matrix), 30, method=method)
+    check(free(matrix), matrix, pairs, 30)
+    assert pairs.converged.all()
+    assert ((pairs.values - values[:30]).abs() <= pairs.bounds).all()
+    assert (pairs.values.diff() < 0).all()
+
+
+@METHOD
+@pytest.mark.parametrize("k", [1, 10])
+@pytest.mark.parametrize("name", ["clustered", "power law", "indefinite"])
+def test_a_start_from_a_nearby_matrix_saves_products(name, k, method):
+    before = rotated(SHAPES[name])
+    noise = rotated(linspace(-1, 1, 160), seed=5)
+    matrix = before + 1e-4 * noise
+    cold = cv.eigsh(free(matrix), k, method=method)
+    warm = cv.eigsh(free(matrix), k, method=method, start=cv.eigsh(free(before), k).vectors)
+    assert warm.converged.all() and warm.cost.products < cold.cost.products
+    errors = (warm.values - torch.linalg.eigvalsh(matrix).flip(0)[:k]).abs()
+    assert (errors <= warm.bounds).all()
+    if method == "lobpcg" and k > 1:
+        assert warm.cost.products < 0.75 * cold.cost.products
+
+
+@METHOD
+@pytest.mark.parametrize("n, k", [(60, 1), (300, 1), (300, 5), (3000, 5)])
+def test_what_a_start_lacks_is_found_all_the_same(n, k, method):
+    """The rows are exact eigenvectors, of all but the largest eigenvalue."""
+    values = torch.cat([tensor(1.5), linspace(1, 0.8, k), linspace(-0.5, 0.5, n - k - 1)])
+    for seed in range(5):
+        start = torch.eye(k + 1, n, dtype=torch.float64)[1:]
+        found = cv.eigsh(scaling(values), k, method=method, start=start, seed=seed)
+        torch.testing.assert_close(found.values, values[:k], rtol=1e-8, atol=0)
+
+
+@METHOD
+@pytest.mark.parametrize("rows", [0, 1, 3, 12, 40])
+def test_a_start_may_have_any_number_of_rows_and_repeat_them(rows, method):
+    matrix = rotated(SHAPES["power law"])
+    start = torch.linalg.eigh(matrix)[1].T[-3:].repeat(14, 1)[:rows]
+    found = cv.eigsh(free(matrix), 3, method=method, start=start)
+    torch.testing.assert_close(found.values, SHAPES["power law"][:3], rtol=1e-8, atol=0)
+    assert found.origin.options["start"] == rows
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_a_preconditioner_cuts_products(k):
+    values = 10 ** linspace(-6, 0, 300)
+    matrix = rotated(values)
+    inverse = cv.Dense(torch.linalg.inv(matrix + 1e-6 * torch.eye(300).double()))
+    asked = {"which": "smallest", "method": "lobpcg", "max_steps": 60}
+    plain = cv.eigsh(free(matrix), k, **asked)
+    found = cv.eigsh(free(matrix), k, **asked, preconditioner=inverse)
+    assert found.converged.all() and not plain.converged.any()
+    assert found.cost.products < plain.cost.products / 1.5
+    torch.testing.assert_close(found.values, values[:k], rtol=1e-8, atol=0)
+    assert found.origin.options["preconditioner"]["operator"] == "Dense"
+
+
+def test_a_preconditioner_may_be_of_another_dtype_and_indefinite():
+    matrix = rotated(SHAPES["clustered"])
+    M = cv.Dense(rotated(linspace(-0.1, 1, 160), seed=3).float())
+    found = cv.eigsh(free(matrix), 2, method="lobpcg", preconditioner=M, rtol=1e-3)
+    check(free(matrix), matrix, found, 2)
+
+
+def test_a_preconditioner_that_is_not_finite_is_refused():
+    M = cv.MatrixFree(lambda rows: rows / 0, cv.Space(150, torch.float64), psd=True)
+    with pytest.raises(cv.NonFinite, match=r"A product with the preconditioner <psd MatrixFree 150 x 150.* not finite"):
+        cv.eigsh(free(rotated(SPECTRA["bulk"])), method="lobpcg", preconditioner=M)
+
+
+def test_lobpcg_multiplies_what_has_not_converged_only():
+    counts: list[int] = []
+    matrix = rotated(SHAPES["power law"])
+    A = free(matrix)
+    A.function = lambda rows: counts.append(len(rows)) or rows @ matrix
+    cv.eigsh(A, 10, method="lobpcg")
+    assert counts[0] == 12 and min(counts[:-1]) < 8 and counts[-1] == 10  # the last confirms what was found
+
+
+@pytest.mark.parametrize("which", ["largest", "smallest", "both"])
+def test_bounds_hold_for_all_seeds(which):
+    """Over 400 starts and as many spectra. Residuals bound always; `bounds` when the pairs have converged, and else
+    unless an eigenvalue hides in the gap."""
+    signs = torch.tensor({"largest": [1, 1, 1], "smallest": [-1, -1, -1], "both": [1, -1, 1]}[which])
+    for seed in range(400):
+        generator = torch.Generator().manual_seed(seed)
+        values = torch.randn(12, generator=generator, dtype=torch.float64) ** 3
+        options = {"rtol": 10.0 ** -(seed % 8), "method": METHODS[seed % 3], "block": 3 + seed % 2, "seed": seed}
+        pairs = cv.eigsh(free(rotated(values, seed=seed + 10**6)), 3, which=which, max_steps=3, **options)
+        floor = 1e-12 * float(values.abs().max())
+        nearest, next_nearest = (values - pairs.values.unsqueeze(1)).abs().sort(dim=1).values[:, :2].T
+        assert (nearest <= pairs.residuals + floor).all()
+        assert (signs * (expected(values, 3, which) - pairs.values) >= -floor).all()  # Courant and Fischer
+        assert (pairs.bounds <= pairs.residuals + floor).all()
+        hidden = next_nearest < pairs.residuals.square() / pairs.bounds
+        assert ((nearest <= pairs.bounds) | hidden).all()
+        assert (nearest <= pairs.bounds)[pairs.converged].all() or options["rtol"] > 1e-3
+
+
+def test_bounds_are_quadratic_where_there_is_a_gap():
+    pairs = cv.eigsh(free(rotated(SPECTRA["clustered pair"])), 2, rtol=1e-3)
+    assert ((pairs.values - tensor(9, 8.9)).abs() <= pairs.bounds).all()
+    assert (pairs.bounds < 0.1 * pairs.residuals).all()
+    gap = 0.1 - pairs.residuals.flip(0)  # to the other's residual
+    torch.testing.assert_close(pairs.bounds, pairs.residuals**2 / gap, rtol=1e-4, atol=0)
+
+
+def test_bounds_are_the_residuals_where_no_gap_is_known():
+    """Of copies of an eigenvalue, or where nothing is known beyond the pairs asked for."""
+    double = cv.eigsh(free(rotated(SPECTRA["double"])), 2, rtol=1e-3)
+    assert torch.equal(double.bounds, double.residuals)
+    alone = cv.eigsh(free(rotated(SPECTRA["bulk"])), 3, method="lobpcg", block=3, max_steps=5)
+    assert torch.equal(alone.bounds, alone.residuals)
+
+
+@METHOD
+def test_no_vector_leaves_the_device(method):
+    """No tensor of n entries is read by the host; scalars and small matrices are, for decisions."""
+    n = 500
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            name = getattr(function, "__name__", "")
+            if name in ("cpu", "numpy", "tolist", "item", "__array__", "__float__", "cuda", "__iter__"):
+                assert name == "__iter__" or args[0].numel() < n, name
+            if name == "to":
+                assert "cpu" not in args[1:], args[1:]
+            return function(*args, **(kwargs or {}))
+
+    values = 1 / torch.arange(1, n + 1, dtype=torch.float64)
+    start = torch.eye(4, n, dtype=torch.float64)
+    with Watch():
+        pairs = cv.eigsh(scaling(values), 4, method=method, start=start + 1e-3, max_steps=20)
+    assert pairs.converged.all()
 
 
 @pytest.mark.parametrize("block", [1, 2, 4, 8])
@@ -227,9 +444,10 @@ def test_a_restarted_basis_gives_the_same_pairs_as_a_whole_one(block, which):
     torch.testing.assert_close(overlap, torch.ones(4).double(), rtol=0, atol=1e-12)
 
 
-def test_a_seed_gives_the_same_bits():
-    A = free(rotated(SPECTRA["bulk"]))
-    first, again, other = (cv.eigsh(A, 3, seed=seed) for seed in (1, 1, 2))
+@METHOD
+def test_a_seed_gives_the_same_bits(method):
+    A = free(rotated(SPECTRA["clustered pair"]))
+    first, again, other = (cv.eigsh(A, 3, seed=seed, method=method, max_steps=100) for seed in (1, 1, 2))
     assert torch.equal(first.vectors, again.vectors) and torch.equal(first.values, again.values)
     assert not torch.equal(first.vectors, other.vectors)
     torch.testing.assert_close(first.values, other.values, rtol=1e-9, atol=0)
@@ -248,12 +466,13 @@ def test_an_operator_that_only_claims_to_be_symmetric_is_found_out(asymmetry, bl
         cv.eigsh(A, block=block)
 
 
-def test_one_wrong_entry_is_found_out():
+@METHOD
+def test_one_wrong_entry_is_found_out(method):
     matrix = rotated(linspace(-1, 1, 100))
     matrix[3, 70] += 1e-3
     A = cv.MatrixFree(lambda rows: rows @ matrix.T, cv.Space(100, torch.float64), symmetric=True)
     with pytest.raises(ValueError, match="not symmetric"):
-        cv.eigsh(A)
+        cv.eigsh(A, method=method)
 
 
 def test_an_operator_that_changes_between_products_is_found_out():
@@ -277,6 +496,27 @@ def test_an_operator_that_changes_between_products_is_found_out():
         (lambda A: cv.eigsh(A, which="top"), "which is 'largest', 'smallest', 'both' or 'magnitude', but got 'top'."),
         (lambda A: cv.eigsh(cv.Diagonal(tensor(1, 2)), 3), "k lies between 1 and the size of A, 2, but got 3."),
         (lambda A: cv.eigsh(cv.Diagonal(tensor(1, 2)), which="top"), "which is 'largest'"),
+        (lambda A: cv.eigsh(A, method="arnoldi"), "method is 'lanczos', 'lobpcg' or 'krylov', but got 'arnoldi'."),
+        (
+            lambda A: cv.eigsh(A, 9, method="lobpcg", block=4),
+            "all k = 9 vectors at once, but block is 4. Take more",
+        ),
+        (lambda A: cv.eigsh(A, start=zeros(150)), r"start holds rows of 150 entries, but has shape \(150,\)."),
+        (lambda A: cv.eigsh(A, start=zeros(4).view(2, 2)), r"start holds rows of 150 entries, but has shape \(2, 2\)."),
+        (lambda A: cv.eigsh(A, start=zeros(300).view(2, 150)), "start has a row that is zero or not finite."),
+        (lambda A: cv.eigsh(A, start=zeros(150).view(1, 150) / 0), "start has a row that is zero or not finite."),
+        (
+            lambda A: cv.eigsh(A, preconditioner=A),
+            "A preconditioner helps 'lobpcg' at one end, 'smallest' or 'largest', but got 'lanczos' and 'largest'.",
+        ),
+        (
+            lambda A: cv.eigsh(A, method="lobpcg", which="both", preconditioner=A),
+            "but got 'lobpcg' and 'both'. Take method='lobpcg' and one end at a time",
+        ),
+        (
+            lambda A: cv.eigsh(A, method="lobpcg", preconditioner=cv.Diagonal(tensor(1, 2))),
+            r"A preconditioner of shape \(2, 2\) does not fit A of shape \(150, 150\).",
+        ),
         (
             lambda A: cv.eigsh(cv.Dense(torch.arange(9.0).view(3, 3))),
             r"eigsh needs a symmetric operator, but got <Dense 3 x 3.*Try A.adjoint\(\) @ A for singular values.",
@@ -322,6 +562,30 @@ def test_an_interrupt_of_the_last_product_still_returns_pairs():
         cv.eigsh(A, 2)
     torch.testing.assert_close(stop.value.result.values, tensor(9, 8.9), rtol=1e-9, atol=0)
     assert stop.value.result.converged.all()
+
+
+@pytest.mark.parametrize("after", [1, 2, 5, 9])
+@pytest.mark.parametrize("method", ["lobpcg", "krylov"])
+def test_an_interrupt_of_other_methods_returns_the_pairs_so_far(method, after):
+    matrix = rotated(linspace(-1, 2, 150))
+    A = free(matrix)
+    A.function = Stopping(after, A.function)
+    with pytest.raises(cv.Interrupted) as stop:
+        cv.eigsh(A, 6, rtol=1e-14, method=method)
+    pairs = stop.value.result
+    assert not pairs.complete and not pairs.converged.any() and pairs.cost.products == 8 * (after + 1)
+    check(A, matrix, pairs, 6)
+
+
+def test_an_interrupt_between_two_blocks_of_vectors_has_nothing_to_return(monkeypatch):
+    """Half of what LOBPCG combines in place is new then, and half is old."""
+    combine = cv.Space.combine
+    stopping = Stopping(20, lambda arguments: combine(*arguments))
+    monkeypatch.setattr(cv.Space, "combine", lambda *arguments: stopping(arguments))
+    monkeypatch.setattr(lobpcg, "CHUNK", 50)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        cv.eigsh(free(rotated(SPECTRA["bulk"])), 6, method="lobpcg")
+    assert not isinstance(stop.value, cv.Interrupted)
 
 
 def test_an_interrupt_from_the_listener_is_an_interrupt_too():
