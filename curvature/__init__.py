@@ -11,8 +11,8 @@ from curvature.errors import TooLarge as TooLarge
 from curvature.errors import UnsafeFile as UnsafeFile
 from curvature.linalg.diagonal import block_traces as block_traces
 from curvature.linalg.diagonal import diagonal as diagonal
-from curvature.linalg.eigen import Eigenpairs as Eigenpairs
 from curvature.linalg.eigen import eigsh as eigsh
+from curvature.linalg.eigenpairs import Eigenpairs as Eigenpairs
 from curvature.linalg.functional import effective_rank as effective_rank
 from curvature.linalg.functional import frobenius_norm as frobenius_norm
 from curvature.linalg.functional import logdet as logdet
@@ -46,6 +46,8 @@ from curvature.objective.losses.regression import SquaredError as SquaredError
 from curvature.objective.objective import Objective as Objective
 from curvature.objective.params import ParamSpace as ParamSpace
 from curvature.operators.blockwise import blockwise as blockwise
+from curvature.operators.by_layer import ByLayer as ByLayer
+from curvature.operators.by_layer import by_layer as by_layer
 from curvature.operators.gauss_newton import empirical_fisher as empirical_fisher
 from curvature.operators.gauss_newton import fisher as fisher
 from curvature.operators.gauss_newton import ggn as ggn

@@ -88,13 +88,11 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: small tensors as lists, larger ones as {"array": name, "shape", "dtype"}; not-a-number and
         infinities as null."""
-        body = {f.name: _plain(getattr(self, f.name), f.name) for f in fields(self)}
-        return {"kind": type(self).__name__, "schema": SCHEMA, **body}
+        return {"schema": SCHEMA, **_plain(self, "")}
 
     def arrays(self) -> dict[str, Tensor]:
-        """Every tensor of the result by its field's name."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        """Every tensor of the result by its field's name; of results in it with their place before it."""
+        return dict(_tensors(self, ""))
 
     def save(self, folder: str | Path) -> Path:
         """Write result.json and arrays.safetensors into `folder`, made if need be; returns the folder."""
@@ -131,15 +129,10 @@ class Result:
             )
         if hashlib.sha256(arrays).hexdigest() != digest:
             raise BadFile(f"The arrays beside {path} are not those it was saved with.", "Measure again.")
-        classes = {c.__name__: c for c in (cls, *_subclasses(cls))}
-        if kind not in classes:
+        if kind not in {c.__name__ for c in (cls, *_subclasses(cls))}:
             raise BadFile(f"{path} holds a {kind}, not a {cls.__name__}.", "Use Result.load(folder).")
-        made: Any = classes[kind]
         try:
-            values = {**written, **safetensors.torch.load(arrays)}
-            values |= {"cost": Cost(**written["cost"]), "origin": Origin(**written["origin"])}
-            lists = {f.name for f in fields(made) if str(f.type).startswith("tuple")}  # JSON has no tuples
-            return made(**{f.name: tuple(values[f.name]) if f.name in lists else values[f.name] for f in fields(made)})
+            return _restored(written, safetensors.torch.load(arrays), "")
         except (KeyError, TypeError, safetensors.SafetensorError) as error:
             raise BadFile(f"{path} lacks what a {kind} is made of: {error}.", "Measure again.") from error
 
@@ -241,6 +234,39 @@ def with_error(value: float, stderr: float) -> str:
     return f"{value:.{digits + 1}g} ± {stderr:.2g}"
 
 
+def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in a result, by the path to it."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Result):
+        for f in fields(value):
+            yield from _tensors(getattr(value, f.name), _path(name, f.name))
+    elif isinstance(value, tuple):
+        for i, item in enumerate(value):
+            yield from _tensors(item, _path(name, i))
+
+
+def _restored(written: Any, arrays: Mapping[str, Tensor], name: str) -> Any:
+    """The result that `_plain` and `_tensors` have told."""
+    classes: dict[str, Any] = {c.__name__: c for c in _subclasses(Result)}
+    values: dict[str, Any] = {"cost": Cost(**written["cost"]), "origin": Origin(**written["origin"])}
+    made = classes[written["kind"]]
+    for f in fields(made):
+        path, value = _path(name, f.name), written[f.name]
+        if path in arrays:
+            values[f.name] = arrays[path]
+        elif str(f.type).startswith("tuple"):  # JSON has none
+            nested = (_restored(v, arrays, _path(path, i)) if isinstance(v, dict) else v for i, v in enumerate(value))
+            values[f.name] = tuple(nested)
+        else:
+            values.setdefault(f.name, value)
+    return made(**values)
+
+
+def _path(name: str, last: str | int) -> str:
+    return f"{name}.{last}" if name else str(last)
+
+
 def _subclasses(cls: type[Result]) -> Iterator[type[Result]]:
     for child in cls.__subclasses__():
         yield child
@@ -253,12 +279,13 @@ def _plain(value: Any, name: str) -> Any:
         if value.numel() <= LISTED:
             return _plain(value.tolist(), name)
         return {"array": name, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-    if isinstance(value, Cost | Origin):
-        return {f.name: _plain(getattr(value, f.name), name) for f in fields(value)}
+    if isinstance(value, Cost | Origin | Result):
+        kind = {"kind": type(value).__name__} if isinstance(value, Result) else {}
+        return kind | {f.name: _plain(getattr(value, f.name), _path(name, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): _plain(item, name) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, name) for item in value]
+        return [_plain(item, _path(name, i)) for i, item in enumerate(value)]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, str | bool | int | None):

@@ -13,6 +13,7 @@ import pytest
 import scipy.stats
 import torch
 from matrices import Stopping, free, linspace, rotated, tensor
+from objectives import zoo
 
 import curvature as cv
 from curvature.result import LISTED, SCHEMA, student_quantile, versions, with_error
@@ -39,6 +40,8 @@ KINDS = {
     "interrupted pairs": lambda: interrupted(cv.eigsh, k=3, rtol=1e-15),
     "density": lambda: cv.spectral_density(free(MATRIX), probes=3, steps=6),
     "complete density": lambda: cv.spectral_density(free(MATRIX), probes=3, steps=60),
+    "by layer": lambda: cv.by_layer(cv.spectral_density, cv.hessian(zoo()[1].objective()), probes=2, steps=4),
+    "estimates by layer": lambda: cv.by_layer(cv.trace, cv.hessian(zoo()[1].objective()), products=8),
     "interrupted density": lambda: interrupted(cv.spectral_density, probes=3),
 }
 EVERY = pytest.mark.parametrize("make", KINDS.values(), ids=list(KINDS))
@@ -49,7 +52,9 @@ def bits(value):
     if isinstance(value, torch.Tensor):
         raw = value.detach().contiguous().flatten().view(torch.uint8).tolist() if value.numel() else []
         return str(value.dtype), tuple(value.shape), raw
-    return value
+    if isinstance(value, cv.Result):
+        return [bits(getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return [bits(item) for item in value] if isinstance(value, tuple) else value
 
 
 def refuse_constants(name):
@@ -84,11 +89,14 @@ def test_a_dictionary_of_it_is_strict_json(make):
     assert written["origin"]["versions"]["torch"] == torch.__version__
     assert written["origin"]["operator"]["shape"] == list(result.origin.operator["shape"])
     for name, value in result.arrays().items():
+        found = written
+        for step in name.split("."):
+            found = found[int(step) if isinstance(found, list) else step]
         if value.numel() <= LISTED:
-            assert written[name] == value.tolist()
+            assert found == value.tolist()
         else:
             dtype = str(value.dtype).removeprefix("torch.")
-            assert written[name] == {"array": name, "shape": list(value.shape), "dtype": dtype}
+            assert found == {"array": name, "shape": list(value.shape), "dtype": dtype}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

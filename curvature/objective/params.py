@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import accumulate
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,7 @@ from curvature.errors import BadObjective
 from curvature.linalg.space import Space
 
 Select = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
+By = Literal["layer", "parameter"] | Mapping[str, str | Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,29 @@ class ParamSpace(Space):
         """The tensors whose entries `row` holds, as views, in the order of `names`."""
         pieces = row.split([shape.numel() for shape in self.shapes])
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+
+    def places(self, by: By = "layer") -> dict[str, Tensor]:
+        """The coordinates of each layer (module with parameters of its own), of each parameter, or of each group that
+        `by` names by globs of parameters and layers, as in {"attention": "*.attn", "rest": "*.mlp"}."""
+        index = self.named(torch.arange(self.size, device=self.device))
+        groups = self.groups(by)
+        return {group: torch.cat([index[name].reshape(-1) for name in names]) for group, names in groups.items()}
+
+    def groups(self, by: By = "layer", *, root: str = "model") -> dict[str, list[str]]:
+        """The names of the parameters of each; `root` is what the module itself is called, which has no name."""
+        groups: dict[str, list[str]] = {}
+        if isinstance(by, Mapping):
+            matches = {group: predicate(globs) for group, globs in by.items()}
+            for group, match in matches.items():
+                groups[group] = [name for name in self.names if match(name, None)]
+                if not groups[group]:
+                    raise nothing_selected(by[group], list(self.names))
+            return groups
+        if by not in ("layer", "parameter"):
+            raise ValueError(f"by is 'layer', 'parameter' or a mapping of groups, but got {by!r}.")
+        for name in self.names:
+            groups.setdefault((name.rpartition(".")[0] or root) if by == "layer" else name, []).append(name)
+        return groups
 
     def named(self, row: Float[Tensor, " n"]) -> dict[str, Tensor]:
         """The same by name."""
@@ -76,7 +101,7 @@ def nothing_selected(select: Select | None, names: list[str]) -> BadObjective:
     )
 
 
-def predicate(select: Select | None) -> Callable[[str, nn.Parameter], bool]:
+def predicate(select: Select | None) -> Callable[[str, Any], bool]:
     """Whether a parameter is chosen, by its name and itself; a glob may also name a layer that it is somewhere in."""
     if callable(select):
         return select

@@ -51,12 +51,7 @@ def _groups(objective: Objective, by: By) -> dict[str, list[str]]:
                 "Select fewer parameters for the objective, or change the groups.",
             )
         return {group: own for group, own in groups.items() if own}
-    if by not in ("layer", "parameter"):
-        raise ValueError(f"by is 'layer', 'parameter' or a mapping of groups, but got {by!r}.")
-    groups, root = {}, type(objective.function.module).__name__  # which has no name of its own
-    for name in names:
-        groups.setdefault((name.rpartition(".")[0] or root) if by == "layer" else name, []).append(name)
-    return groups
+    return objective.space.groups(by, root=type(objective.function.module).__name__)
 
 
 def _among(names: list[str]) -> Select:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from functools import singledispatch
 from typing import TYPE_CHECKING, Any
 
-from curvature.linalg.eigen import Eigenpairs
+from curvature.linalg.eigenpairs import Eigenpairs
 from curvature.linalg.spectrum import SpectralDensity
+from curvature.operators.by_layer import ByLayer
 from curvature.plots.style import new_axes
 from curvature.plots.style import save_picture as save_picture
 from curvature.result import Estimate, Result
@@ -36,6 +37,13 @@ def _(result: Eigenpairs, ax: Axes | None = None, **style: Any) -> Axes:
     from curvature.plots.spectrum import draw_eigenvalues
 
     return draw_eigenvalues(result, new_axes() if ax is None else ax, **style)
+
+
+@plot.register(ByLayer)
+def _(result: ByLayer, ax: Axes | None = None, **style: Any) -> Axes:
+    from curvature.plots.layers import draw_by_layer
+
+    return draw_by_layer(result, new_axes() if ax is None else ax, **style)
 
 
 @plot.register(Estimate)

@@ -10,7 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from curvature.linalg.eigen import Eigenpairs
+from curvature.linalg.eigenpairs import Eigenpairs
 from curvature.linalg.spectrum import SpectralDensity, percent
 from curvature.plots.style import BLACK, BLUE, GREY, ORANGE
 from curvature.result import Estimate, student_quantile
@@ -23,7 +23,7 @@ ROOM = 0.02  # of the axis, that the label of a stick takes
 def draw_density(result: SpectralDensity, ax: Axes, *, color: str = BLUE, label: str = "bulk", **style: Any) -> Axes:
     """Mass per unit of a signed logarithmic axis, on a logarithmic scale, down to half an eigenvalue."""
     unit, lowest = result.unit, 0.5 / result.size
-    _signed_log_axis(ax, unit, result.nodes[0].item(), result.nodes[-1].item())
+    signed_log_axis(ax, unit, result.nodes[0].item(), result.nodes[-1].item())
     low, high = ax.get_xlim()
     s = np.linspace(_forward(np.array(low), unit), _forward(np.array(high), unit), POINTS)
     t = _backward(s, unit)
@@ -64,7 +64,10 @@ def draw_estimate(result: Estimate, ax: Axes, *, color: str = BLUE, level: float
     low, high = (bound.reshape(-1).numpy() for bound in result.interval(level))
     index = np.arange(len(value))
     ax.errorbar(index, value, yerr=[value - low, high - value], fmt="o", color=color, capsize=3, **style)
-    ax.xaxis.set_major_locator(FixedLocator(index.tolist()) if len(index) < 30 else ax.xaxis.get_major_locator())
+    if result.names:
+        ax.set_xticks(index, result.names, rotation=45, ha="right")
+    elif len(index) < 30:
+        ax.xaxis.set_major_locator(FixedLocator(index.tolist()))
     ax.set_ylabel(f"{result.origin.question}, {level:.0%} interval")
     return ax
 
@@ -97,7 +100,7 @@ def _title(result: SpectralDensity) -> str:
     return ", ".join(parts) + "\n" + ", ".join(how)
 
 
-def _signed_log_axis(ax: Axes, unit: float, low: float, high: float) -> None:
+def signed_log_axis(ax: Axes, unit: float, low: float, high: float) -> None:
     """A scale that is linear within `unit` of zero and logarithmic beyond, with a tick at every other decade."""
     ax.set_xscale("function", functions=(lambda t: _forward(t, unit), lambda s: _backward(s, unit)))
     edges = [float(_forward(np.array(t), unit)) for t in (min(low, 0.0), max(high, 0.0))]
