@@ -58,6 +58,9 @@ from curvature.operators.jacobian import ntk as ntk
 from curvature.operators.kfac import ekfac as ekfac
 from curvature.operators.kfac import kfac as kfac
 from curvature.operators.moments import ggn_diagonal as ggn_diagonal
+from curvature.operators.subsamples import Subsampled as Subsampled
+from curvature.operators.subsamples import eigenvalue_errors as eigenvalue_errors
+from curvature.operators.subsamples import subsampled as subsampled
 from curvature.progress import Progress as Progress
 from curvature.progress import Run as Run
 from curvature.result import Cost as Cost

@@ -40,6 +40,7 @@ KINDS = {
     "interrupted pairs": lambda: interrupted(cv.eigsh, k=3, rtol=1e-15),
     "density": lambda: cv.spectral_density(free(MATRIX), probes=3, steps=6),
     "complete density": lambda: cv.spectral_density(free(MATRIX), probes=3, steps=60),
+    "subsampled": lambda: cv.subsampled(cv.trace, cv.hessian, zoo()[1].objective((4, 5)), products=8),
     "by layer": lambda: cv.by_layer(cv.spectral_density, cv.hessian(zoo()[1].objective()), probes=2, steps=4),
     "estimates by layer": lambda: cv.by_layer(cv.trace, cv.hessian(zoo()[1].objective()), products=8),
     "interrupted density": lambda: interrupted(cv.spectral_density, probes=3),

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvature.errors import TooLarge
+from curvature.linalg.eigenpairs import Eigenpairs
 from curvature.linalg.krylov import Krylov
 from curvature.linalg.measurement import Measurement
 from curvature.linalg.memory import need_basis
@@ -88,6 +89,31 @@ class KrylovBasis(Basis):
         while self.growing and self.krylov.size <= products:
             self.growing = self.krylov.step() and self.krylov.extend()
             yield
+
+
+class KnownBasis(Basis):
+    """Eigenvectors that were found before, at no product: their values are the diagonal of T."""
+
+    def __init__(self, measurement: Measurement, pairs: Eigenpairs) -> None:
+        super().__init__(measurement)
+        if pairs.vectors.shape[1] != self.space.size:
+            raise ValueError(
+                f"Eigenvectors of {pairs.vectors.shape[1]} entries do not fit {measurement.operator!r}. "
+                "Take those that eigsh found of the same matrix."
+            )
+        self._rows = pairs.vectors.to(self.space.device, self.space.dtype)
+        self._projected = torch.diag(pairs.values.double()).to(self.space.device)
+        gram = self.space.inner(self._rows, self._rows)
+        if float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max()) > self.space.eps**0.5:
+            raise ValueError("The eigenvectors are not orthonormal. Take them as eigsh returns them.")
+
+    @property
+    def rows(self) -> Float[Tensor, "q n"]:
+        return self._rows
+
+    @property
+    def projected(self) -> Float[Tensor, "q q"]:
+        return self._projected
 
 
 class SketchBasis(Basis):

@@ -22,16 +22,17 @@ ROUNDED = 1e-6  # of the norm: as asymmetric as float64 products of models that 
 
 
 class Krylov:
-    """Rows V, orthonormal, and T = V A V^T in float64, grown by `step`.
+    """Rows V, orthonormal, and T = V A V^T in float64, grown by `step`; on `device`, or where A is.
 
     The last `width` rows of V are the frontier: `step` multiplies them by A and leaves in `remainder` what the products
     have outside the span of V; `extend` makes it the next frontier. On the rows whose products are known,
     A V^T = V^T T + remainder^T edge, from which the residuals of all Ritz pairs follow.
     """
 
-    def __init__(self, measurement: Measurement, capacity: int) -> None:
+    def __init__(self, measurement: Measurement, capacity: int, *, device: torch.device | None = None) -> None:
         self.measurement = measurement
-        self.space: Space = measurement.operator.domain
+        A = measurement.operator.domain
+        self.space = A if device is None else Space(A.size, A.dtype, device)
         need_basis(capacity, self.space)
         self._basis = torch.empty(capacity, self.space.size, dtype=self.space.dtype, device=self.space.device)
         self._projected = torch.zeros(capacity, capacity, dtype=torch.float64, device=self.space.device)
@@ -82,7 +83,7 @@ class Krylov:
     def step(self) -> bool:
         """Multiply the frontier by A and extend T; False when the basis spans an invariant subspace."""
         frontier = slice(self.size - self.width, self.size)
-        rows = self.measurement.apply(self._basis[frontier])
+        rows = self.measurement.apply(self._basis[frontier].to(self.measurement.operator.device)).to(self.space.device)
         self.scale = max(self.scale, float(self.space.norms(rows).max()))
         components = self._project_out(rows)
         self._check_symmetry(components, frontier)
@@ -185,6 +186,77 @@ class Krylov:
         asymmetry = max(float(asymmetry), float((square - square.T).abs().max()))
         self.noise = max(self.noise, asymmetry)
         check_symmetry(asymmetry, self.scale, self.space)
+
+
+class Recurrence:
+    """T of the same process, with two blocks of rows kept: each is orthogonal to the one before.
+
+    To those further back it is only but for rounding, which brings eigenvalues that have converged in again, as copies
+    that share their weight: the distribution stays right, and nothing can be counted. Paige 1976 (J. Inst. Maths
+    Applics 18).
+    """
+
+    def __init__(self, measurement: Measurement, width: int) -> None:
+        self.measurement = measurement
+        self.space: Space = measurement.operator.domain
+        need_basis(4 * width, self.space)
+        self.before = self.frontier = self.remainder = self.space.empty
+        self.blocks: list[Tensor] = []  # on the diagonal of T, which is block tridiagonal
+        self.couplings: list[Tensor] = []  # of each to the one before
+        self.noise = self.scale = 0.0  # as in Krylov
+
+    def start(self, rows: Float[Tensor, "k n"]) -> None:
+        """Take what `rows` span as the frontier."""
+        self.frontier = self.space.orthonormal(rows)
+
+    def step(self) -> bool:
+        """Multiply the frontier by A and extend T; False when nothing is left to go on with."""
+        rows, space = self.measurement.apply(self.frontier), self.space
+        self.scale = max(self.scale, float(space.norms(rows).max()))
+        block = space.inner(rows, self.frontier)
+        asymmetry = float((block - block.T).abs().max())
+        self.noise = max(self.noise, asymmetry)
+        check_symmetry(asymmetry, self.scale, space)
+        self.blocks.append((block + block.T) / 2)
+        for near in (self.before, self.frontier, self.before, self.frontier):
+            rows = rows - space.combine(space.inner(rows, near), near)
+        self.remainder = rows
+        return bool(space.norms(rows).max() > self.rounding)
+
+    def extend(self) -> bool:
+        """Make what the products have beyond the two blocks the next one; False when nothing of it is left."""
+        fresh = self.space.orthonormal(self.remainder, small=self.rounding)
+        self.couplings.append(self.space.inner(fresh, self.remainder))
+        self.before, self.frontier = self.frontier, fresh
+        return len(fresh) > 0
+
+    @property
+    def multiplied(self) -> int:
+        """Rows whose product with A is known."""
+        return sum(map(len, self.blocks))
+
+    @property
+    def projected(self) -> Float[Tensor, "d d"]:
+        """T on those rows."""
+        T = torch.block_diag(*self.blocks)
+        place = 0
+        for block, coupling in zip(self.blocks, self.couplings[: len(self.blocks) - 1], strict=False):
+            rows = slice(place + len(block), place + len(block) + len(coupling))
+            T[rows, place : place + len(block)] = coupling
+            T[place : place + len(block), rows] = coupling.T
+            place += len(block)
+        return T
+
+    @property
+    def rounding(self) -> float:
+        """Norms up to this are rounding."""
+        return self.space.rounding(self.scale)
+
+    def residuals(self, vectors: Float[Tensor, "d k"]) -> Float[Tensor, " k"]:
+        """What A y has beyond the last block, for the Ritz vectors y, as if all rows were orthogonal."""
+        outside = vectors[-len(self.blocks[-1]) :]
+        gram = self.space.inner(self.remainder, self.remainder)
+        return (outside * (gram @ outside)).sum(0).clamp(min=0).sqrt()
 
 
 def check_symmetry(asymmetry: float, scale: float, space: Space) -> None:

@@ -10,17 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from curvature.errors import Interrupted
-from curvature.linalg.krylov import Krylov
+from curvature.linalg.krylov import Krylov, Recurrence
 from curvature.linalg.measurement import Measurement
 from curvature.linalg.operator import LinearOperator, as_operator
 from curvature.progress import Run
 from curvature.result import Estimate, Result, with_error
+
+Axis = Literal["log", "linear"]
+Keep = Literal["device", "main", "nowhere"]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -29,7 +33,8 @@ class SpectralDensity(Result):
 
     `nodes` are the Ritz values, ascending, `residuals` theirs; `weights` the mass every probe gives them, rows summing
     to 1. Where `single` is true a node is one eigenvalue, converged and counted: its mass is exactly 1/size.
-    Eigenvalues within `floor` of zero are rounding noise of the products. `steps` block steps were done.
+    Eigenvalues within `floor` of zero are rounding noise of the products. `steps` block steps were done. Where
+    `reorthogonalised` is false nothing is counted, and nodes may be copies of one eigenvalue that share its mass.
     """
 
     nodes: Float[Tensor, " d"]
@@ -39,6 +44,7 @@ class SpectralDensity(Result):
     size: int
     floor: float
     steps: int
+    reorthogonalised: bool = True
 
     def mean(self, function: Callable[[Tensor], Tensor]) -> Estimate:
         """The mean of `function` over all eigenvalues, (1/size) tr f(A), with its standard error over probes.
@@ -80,6 +86,15 @@ class SpectralDensity(Result):
         reached = self.weights.mean(0).cumsum(0) >= share - 1e-12
         return float(self.nodes[reached.nonzero()[0, 0] if reached.any() else -1])
 
+    def quantile_interval(self, share: float, level: float = 0.95) -> tuple[float, float]:
+        """Between which nodes the eigenvalue lies at or below which that share of all of them lies: where the intervals
+        of `cdf` have it."""
+        self.quantile(share)  # for the check
+        low, high = self.cdf(self.nodes).interval(level)
+        before, behind = self.nodes[high < share], self.nodes[low >= share]
+        ends = before[-1] if len(before) else self.nodes[0], behind[0] if len(behind) else self.nodes[-1]
+        return float(ends[0]), float(ends[1])
+
     @property
     def alone(self) -> Bool[Tensor, " d"]:
         """Which nodes are outliers: counted, at an end, and further than `width` from the next node inwards, or beyond
@@ -109,19 +124,28 @@ class SpectralDensity(Result):
         s = signed_log(self.nodes[[0, -1]], self.unit)
         return max(float(s[1] - s[0]) / self.steps, 1e-6)
 
-    def density(self, points: Float[Tensor, " t"]) -> Estimate:
-        """The density of all but the outliers at `points`, as mass per unit of the signed logarithmic axis.
+    def density(self, points: Float[Tensor, " t"], *, axis: Axis = "log") -> Estimate:
+        """The density of all but the outliers at `points`, as mass per unit of an axis.
 
-        On the axis s(t) = sign(t) log10(1 + |t| / unit) every node is a Gaussian; its standard deviation is `width` or,
-        for a node that stands for many eigenvalues, a quarter of the way between the blocks of nodes beside it, so that
-        a gap between two blocks does not look like one in the spectrum. Mass per unit of t is this times ds/dt.
+        On the signed logarithmic axis s(t) = sign(t) log10(1 + |t| / unit), or the "linear" one, every node is a
+        Gaussian; its standard deviation is the range divided by `steps` (`width`) or, for a node that stands for many
+        eigenvalues, a quarter of the way between the blocks of nodes beside it, so that a gap between two blocks does
+        not look like one in the spectrum.
         """
-        s, nodes = (signed_log(t.double(), self.unit) for t in (points, self.nodes))
+        if axis not in ("log", "linear"):
+            raise ValueError(f"axis is 'log' or 'linear', but got {axis!r}.")
+        s, nodes = points.double(), self.nodes
+        if axis == "log":
+            s, nodes = (signed_log(t, self.unit) for t in (s, nodes))
+        bulk = ~self.alone
+        ends = nodes[bulk if bulk.any() else slice(None)][[0, -1]].tolist()  # outliers are beside no block of nodes
+        narrow = self.width if axis == "log" else (ends[1] - ends[0]) / self.steps or self.width
         reach = torch.arange(len(nodes))
         above, below = (reach + len(self.weights)).clamp(max=len(nodes) - 1), (reach - len(self.weights)).clamp(min=0)
-        width = ((nodes[above] - nodes[below]) / 4).clamp(min=self.width).where(~self.single, self.width)
-        bulk = (~self.alone).double() / (width * (2 * math.pi) ** 0.5)
-        return self.mean(lambda _: bulk * (-0.5 * ((s.unsqueeze(1) - nodes) / width).square()).exp())
+        within = nodes.clamp(*ends)
+        width = ((within[above] - within[below]) / 4).clamp(min=narrow).where(~self.single, narrow)
+        height = bulk.double() / (width * (2 * math.pi) ** 0.5)
+        return self.mean(lambda _: height * (-0.5 * ((s.unsqueeze(1) - nodes) / width).square()).exp())
 
     @property
     def negative(self) -> Estimate:
@@ -136,10 +160,13 @@ class SpectralDensity(Result):
         trace = self.mean(lambda nodes: nodes * self.size)
         negative = self.negative
         shown = ", ".join(f"{value:.5g}" for value in outliers.flip(0)[:5].tolist())
-        return {
-            "eigenvalues": f"{self.size:,}, from {self.nodes[0].item():.4g} to {self.nodes[-1].item():.4g}",
+        counted = {
             "outliers": f"{len(outliers)}: {shown}{', ...' if len(outliers) > 5 else ''}" if len(outliers) else "none",
             "converged": f"{int(self.single.sum())} eigenvalues to the precision of the products",
+        }
+        return {
+            "eigenvalues": f"{self.size:,}, from {self.nodes[0].item():.4g} to {self.nodes[-1].item():.4g}",
+            **(counted if self.reorthogonalised else {"outliers": "not counted (not reorthogonalised)"}),
             "bulk": f"90 % within [{self.quantile(0.05):.3g}, {self.quantile(0.95):.3g}]",
             "trace": with_error(float(trace.value), float(trace.stderr)),
             "negative": percent(negative),
@@ -170,13 +197,23 @@ def signed_log(t: Tensor, unit: float) -> Tensor:
 
 
 def spectral_density(
-    A: LinearOperator, *, probes: int = 8, steps: int = 80, seed: int = 0, run: Run | None = None
+    A: LinearOperator,
+    *,
+    probes: int = 8,
+    steps: int = 80,
+    keep: Keep = "device",
+    seed: int = 0,
+    run: Run | None = None,
 ) -> SpectralDensity:
     """The eigenvalue distribution of symmetric A from `probes` random vectors and `steps` products with all of them.
 
     Probes make the error bars small (for a share f of the eigenvalues a probe has variance 2 f (1 - f) / size), steps
     the resolution: about the range of the bulk divided by `steps`, finer at its ends. One step is one pass over the
-    data. Memory: probes x steps vectors. An interrupt raises Interrupted with the density so far in `.result`.
+    data. An interrupt raises Interrupted with the density so far in `.result`.
+
+    `keep` says where the basis of probes x steps vectors is: on the "device" of A, in "main" memory, or "nowhere",
+    which takes four blocks of vectors: without them no step can be orthogonalised against those before, the density is
+    as good, and no eigenvalue is counted or called an outlier.
 
     >>> from curvature import Diagonal
     >>> density = spectral_density(Diagonal(torch.arange(1.0, 101.0)), probes=2, steps=10)
@@ -184,15 +221,16 @@ def spectral_density(
     torch.Size([2, 20])
     """
     A = as_operator(A)
-    measurement = Measurement(A, "spectral_density", options={"probes": probes, "steps": steps}, seed=seed, run=run)
+    options = {"probes": probes, "steps": steps, "keep": keep}
+    measurement = Measurement(A, "spectral_density", options=options, seed=seed, run=run)
     if not A.symmetric:
         raise ValueError(f"spectral_density needs a symmetric operator, but got {A!r}.")
     if probes < 2 or steps < 1:
         raise ValueError(f"Expected probes >= 2 (for an error bar) and steps >= 1, but got {probes} and {steps}.")
-    krylov = Krylov(measurement, capacity=min(probes * steps, A.shape[0]))  # raises when memory will not do
-    starts = A.domain.draw(probes, seed=seed, kind="sphere")
+    krylov = _kept(measurement, probes, steps, keep)  # raises when memory will not do
+    starts = A.domain.draw(probes, seed=seed, kind="sphere").to(krylov.space.device)
     krylov.start(starts)
-    first = A.domain.inner(starts, krylov.frontier) / A.shape[0] ** 0.5  # (p, b) the probes in the first block
+    first = krylov.space.inner(starts, krylov.frontier) / A.shape[0] ** 0.5  # (p, b) the probes in the first block
     done, largest = 0, 0.0
     try:
         while done < steps:
@@ -210,7 +248,20 @@ def spectral_density(
     return _density(krylov, first, done, complete=True)
 
 
-def _density(krylov: Krylov, first: Tensor, steps: int, *, complete: bool) -> SpectralDensity:
+def _kept(measurement: Measurement, probes: int, steps: int, keep: Keep) -> Krylov | Recurrence:
+    capacity = min(probes * steps, measurement.operator.shape[0])
+    match keep:
+        case "device":
+            return Krylov(measurement, capacity)
+        case "main":
+            return Krylov(measurement, capacity, device=torch.device("cpu"))
+        case "nowhere":
+            return Recurrence(measurement, probes)
+        case _:
+            raise ValueError(f"keep is 'device', 'main' or 'nowhere', but got {keep!r}.")
+
+
+def _density(krylov: Krylov | Recurrence, first: Tensor, steps: int, *, complete: bool) -> SpectralDensity:
     """The quadrature of every probe: squared components of its start vector along the Ritz vectors."""
     nodes, vectors = torch.linalg.eigh(krylov.projected)
     residuals = krylov.residuals(vectors)
@@ -219,7 +270,10 @@ def _density(krylov: Krylov, first: Tensor, steps: int, *, complete: bool) -> Sp
     size = krylov.space.size
     floor = max(krylov.space.eps * float(nodes.abs().max()), krylov.noise)
     single = _counted(nodes, weights, residuals, size=size, eps=krylov.space.eps)
-    if len(nodes) == size:
+    whole = isinstance(krylov, Krylov)
+    if not whole:
+        single = torch.zeros_like(single)  # copies cannot be told from eigenvalues
+    elif len(nodes) == size:
         single = torch.ones_like(single)  # the basis is complete: every node is an eigenvalue
     return SpectralDensity(
         nodes=nodes.cpu(),
@@ -229,6 +283,7 @@ def _density(krylov: Krylov, first: Tensor, steps: int, *, complete: bool) -> Sp
         size=size,
         floor=floor,
         steps=steps,
+        reorthogonalised=whole,
         complete=complete,
         cost=krylov.measurement.cost,
         origin=krylov.measurement.origin,

@@ -7,10 +7,11 @@ from typing import Literal
 
 import torch
 
-from curvature.linalg.deflation import Basis, Deflated, KrylovBasis, SketchBasis, columns
+from curvature.linalg.deflation import Basis, Deflated, KnownBasis, KrylovBasis, SketchBasis, columns, derived
+from curvature.linalg.eigenpairs import Eigenpairs
 from curvature.linalg.exchangeable import LeftOut, XNysTrace, XTrace
 from curvature.linalg.goal import CAP, Goal, pursued
-from curvature.linalg.measurement import Measurement
+from curvature.linalg.measurement import Measurement, describe
 from curvature.linalg.operator import LinearOperator, as_operator
 from curvature.linalg.structured import known_trace
 from curvature.progress import Run
@@ -31,6 +32,7 @@ def trace(
     max_seconds: float = math.inf,
     method: TraceMethod = "auto",
     control: LinearOperator | None = None,
+    deflate: Eigenpairs | None = None,
     seed: int = 0,
     run: Run | None = None,
 ) -> Estimate:
@@ -48,7 +50,9 @@ def trace(
     interval holds the truth as often as it says. Which is best depends on the spectrum.
 
     `control` is an operator that resembles A and whose trace is known exactly, such as `kfac(objective)` for the GGN:
-    its errors on the same random vectors tell most of those of A, and are subtracted. The mean stays unbiased.
+    its errors on the same random vectors tell most of those of A, and are subtracted. `deflate` are pairs that `eigsh`
+    found of A before: their values are summed, and all products go to the average on the rest. Both leave the mean
+    unbiased, whatever they are.
 
     Hutchinson 1990; Meyer, Musco, Musco & Woodruff 2021 (arXiv:2010.09649), Hutch++; Chen & Hallman 2022
     (arXiv:2205.01736), Krylov spaces; Epperly, Tropp & Webber 2024 (arXiv:2301.07825), XTrace.
@@ -59,7 +63,8 @@ def trace(
     """
     A = as_operator(A)
     goal = Goal(products, rtol, atol, level, max_products, max_seconds)
-    options = {**goal.options, "method": method} | ({} if control is None else {"control": repr(control)})
+    options = {**goal.options, "method": method} | ({} if control is None else {"control": describe(control)})
+    options |= {} if deflate is None else {"deflate": deflate.values.tolist()}
     measurement = Measurement(A, "trace", options=options, seed=seed, run=run)
     if method not in METHODS:
         raise ValueError(f"method is one of {', '.join(METHODS)}, but got {method!r}.")
@@ -69,11 +74,16 @@ def trace(
         raise ValueError(f"{method} is for symmetric matrices, but {A!r} is none. Take 'hutch++' or 'hutchinson'.")
     if control is not None and method in ("xtrace", "xnystrace"):
         raise ValueError(f"{method} takes no control variate. Take another method.")
+    if deflate is not None and (method not in ("krylov", "hutchinson") or not A.symmetric):
+        raise ValueError(f"{method} of {A!r} takes no eigenpairs. Take 'auto', of a symmetric matrix.")
     if (known := known_trace(A)) is not None:
         return measurement.exact(known)
     if not goal.adaptive and products >= A.shape[0]:
         return _summed(measurement)
     match method:
+        case "krylov" | "hutchinson" if deflate is not None:
+            # pairs that have not converged depend on the vectors they came from: others are drawn here
+            estimates = Deflated(KnownBasis(measurement, deflate), control, seed=derived(seed), kept=False)
         case "xtrace":
             estimates = LeftOut(XTrace(measurement, seed))
         case "xnystrace":

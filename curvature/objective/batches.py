@@ -96,6 +96,11 @@ class Batches:
         """The same batches up to so many examples, the last one cut."""
         return replace(self, source=_First(self, examples))
 
+    def separate(self) -> Iterator[Batches]:
+        """Every batch by itself."""
+        for index, batch in enumerate(self):
+            yield Batches([batch], fixed=True, seed=self.seed + index)
+
     def of_several(self) -> Any:
         """The first batch of more than one example, which shows how a model keeps examples apart; else the last."""
         batch = None

@@ -206,6 +206,12 @@ class Objective:
         """The same function on the first so many examples of the data only; on all of it for None."""
         return self if examples is None else replace(self, batches=self.batches.first(examples))
 
+    def split(self) -> list[tuple[float, Objective]]:
+        """The number of terms of every batch that has any, and the same function on it alone, computed as in a pass."""
+        alone = list(self.batches.separate())
+        terms = Passes(self, lambda index, batch: (index, self.function.weight(batch))).each(lambda pair: pair)
+        return [(weight, replace(self, batches=alone[index], seed=self.seed + index)) for index, weight in terms]
+
     def in_mode(self, mode: Mode) -> Objective:
         """The same function in another mode, to be checked again."""
         return replace(self, mode=mode, _health=[])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from curvature.linalg.eigenpairs import Eigenpairs
-from curvature.linalg.spectrum import SpectralDensity, percent
+from curvature.linalg.spectrum import Axis, SpectralDensity, percent
 from curvature.plots.style import BLACK, BLUE, GREY, ORANGE
 from curvature.result import Estimate, student_quantile
 
@@ -20,27 +21,36 @@ LABELS = 6  # outliers that get their value written beside them
 ROOM = 0.02  # of the axis, that the label of a stick takes
 
 
-def draw_density(result: SpectralDensity, ax: Axes, *, color: str = BLUE, label: str = "bulk", **style: Any) -> Axes:
-    """Mass per unit of a signed logarithmic axis, on a logarithmic scale, down to half an eigenvalue."""
-    unit, lowest = result.unit, 0.5 / result.size
-    signed_log_axis(ax, unit, result.nodes[0].item(), result.nodes[-1].item())
-    low, high = ax.get_xlim()
-    s = np.linspace(_forward(np.array(low), unit), _forward(np.array(high), unit), POINTS)
-    t = _backward(s, unit)
-    density = result.density(torch.from_numpy(t))
+def draw_density(
+    result: SpectralDensity,
+    ax: Axes,
+    *,
+    axis: Axis = "log",
+    color: str = BLUE,
+    label: str = "bulk",
+    **style: Any,
+) -> Axes:
+    """Mass per unit of a signed logarithmic axis, or the linear one, on a logarithmic scale, down to half an
+    eigenvalue."""
+    lowest = 0.5 / result.size
+    t = _points(result, ax, axis)
+    density = result.density(torch.from_numpy(t), axis=axis)
+    if axis == "linear":  # mass per unit of it may be any number: the share within a 50th of the axis says more
+        scale = (t[-1] - t[0]) / 50
+        density = replace(density, value=density.value * scale, stderr=density.stderr * scale)
     mean, stderr = density.value.numpy(), density.stderr.numpy()
     half = stderr * student_quantile(0.95, density.dof)
     ax.set_yscale("log")
     ax.fill_between(t, np.maximum(mean - half, lowest / 10), mean + half + lowest / 10, color=color, alpha=0.3, lw=0,
                     label="95 % band")  # fmt: skip
     ax.plot(t, np.maximum(mean, lowest / 10), color=color, lw=1.5, label=label, **style)
-    _draw_sticks(result, ax, lowest)
+    _draw_sticks(result, ax, lowest, axis)
     ax.axvspan(-result.floor, result.floor, color=GREY, alpha=0.5, lw=1, zorder=0,
                label=f"noise floor ±{result.floor:.0e}")  # fmt: skip
     ax.axvline(0, color=GREY, lw=0.8)
     ax.set_ylim(lowest, 3 * max(mean.max(), 1 / result.size))
-    ax.set_xlabel("eigenvalue (signed logarithmic axis)")
-    ax.set_ylabel("share of eigenvalues per decade")
+    ax.set_xlabel("eigenvalue (signed logarithmic axis)" if axis == "log" else "eigenvalue")
+    ax.set_ylabel("share of eigenvalues per " + ("decade" if axis == "log" else "50th of the axis"))
     ax.set_title(_title(result), fontsize="medium")
     ax.legend(fontsize="small", frameon=False, loc="upper right")
     return ax
@@ -72,7 +82,19 @@ def draw_estimate(result: Estimate, ax: Axes, *, color: str = BLUE, level: float
     return ax
 
 
-def _draw_sticks(result: SpectralDensity, ax: Axes, lowest: float) -> None:
+def _points(result: SpectralDensity, ax: Axes, axis: Axis) -> np.ndarray:
+    """Scale the axis, and return evenly spaced points on it."""
+    low, high = result.nodes[0].item(), result.nodes[-1].item()
+    if axis == "linear":
+        margin = 0.06 * (high - low) or 1.0
+        ax.set_xlim(low - margin, high + margin)
+        return np.linspace(low - margin, high + margin, 5 * POINTS)  # the bulk may be a small part of it
+    signed_log_axis(ax, result.unit, low, high)
+    low, high = (_forward(np.array(edge), result.unit) for edge in ax.get_xlim())
+    return _backward(np.linspace(low, high, POINTS), result.unit)
+
+
+def _draw_sticks(result: SpectralDensity, ax: Axes, lowest: float, axis: Axis) -> None:
     """Outliers stand one eigenvalue high; the largest in magnitude carry their value, where there is room."""
     outliers = result.outliers.numpy()
     if not len(outliers):
@@ -80,15 +102,19 @@ def _draw_sticks(result: SpectralDensity, ax: Axes, lowest: float) -> None:
     ax.vlines(outliers, lowest, 1 / result.size, color=ORANGE, lw=1.2,
               label=f"{len(outliers)} outliers, one eigenvalue each")  # fmt: skip
     ax.plot(outliers, np.full(len(outliers), 1 / result.size), "o", color=ORANGE, ms=3)
-    low, high = (_forward(node.numpy(), result.unit) for node in result.nodes[[0, -1]])
+    low, high = (_placed(float(node), result.unit, axis) for node in result.nodes[[0, -1]])
     placed: list[float] = []
     for value in outliers[np.argsort(-np.abs(outliers))]:
-        place = float(_forward(value, result.unit))
+        place = _placed(value, result.unit, axis)
         if len(placed) == LABELS or any(abs(place - other) < ROOM * (high - low) for other in placed):
             continue
         placed.append(place)
         ax.annotate(f"{value:.3g}", (value, 1 / result.size), (0, 5), textcoords="offset points", rotation=90,
                     fontsize="x-small", color=BLACK, ha="center", va="bottom")  # fmt: skip
+
+
+def _placed(t: float, unit: float, axis: Axis) -> float:
+    return float(_forward(np.array(t), unit)) if axis == "log" else t
 
 
 def _title(result: SpectralDensity) -> str:

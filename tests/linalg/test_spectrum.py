@@ -424,7 +424,7 @@ def test_a_seed_gives_the_same_bits_and_fewer_steps_the_same_moments():
     fewer = cv.spectral_density(A, probes=3, steps=5, seed=1)
     moments = [d.mean(lambda t: power(t, 10)).value for d in (first, fewer)]
     torch.testing.assert_close(*moments, rtol=1e-10, atol=1e-12)
-    assert first.origin.options == {"probes": 3, "steps": 10} and first.origin.seed == 1
+    assert first.origin.options == {"probes": 3, "steps": 10, "keep": "device"} and first.origin.seed == 1
 
 
 def test_weights_of_every_probe_sum_to_one():
@@ -491,3 +491,88 @@ def test_options_without_sense_are_refused(options, message):
 def test_an_operator_that_is_not_symmetric_is_refused():
     with pytest.raises(ValueError, match="spectral_density needs a symmetric operator, but got <Dense 3 x 3"):
         cv.spectral_density(cv.Dense(torch.arange(9.0).view(3, 3)))
+
+
+# ------------------------------------------------------------------------------------- without a basis, or elsewhere
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["spikes", "bulk"])
+def test_without_a_basis_the_distribution_is_the_same_and_nothing_is_counted(name, dtype):
+    bulk = linspace(-1, 2, 392)
+    values = torch.cat([bulk, linspace(10, 100, 8) if name == "spikes" else linspace(-1, 2, 8)])
+    A = free(rotated(values).to(dtype))
+    kept, left = (cv.spectral_density(A, probes=4, steps=60, keep=where) for where in ("device", "nowhere"))
+    assert kept.reorthogonalised and not left.reorthogonalised
+    points = linspace(-0.9, 1.9, 30)
+    truth = (values[:, None] <= points).double().mean(0)
+    assert float((left.cdf(points).value - truth).abs().max()) < 0.04
+    assert float((left.cdf(points).value - kept.cdf(points).value).abs().max()) < 0.03
+    assert not left.single.any() and len(left.outliers) == 0 and "not counted" in str(left)
+    mean = left.mean(lambda t: t)
+    assert abs(float(mean.value) - float(values.mean())) < 4 * float(mean.stderr) + 1e-5
+    assert left.cost.products == kept.cost.products == 240
+
+
+def test_without_a_basis_copies_appear_that_share_their_weight():
+    values = torch.cat([linspace(0, 1, 299), torch.tensor([50.0], dtype=torch.float64)])
+    left = cv.spectral_density(free(rotated(values)), probes=2, steps=120, keep="nowhere")
+    ghosts = (left.nodes - 50).abs() < 1e-6
+    assert int(ghosts.sum()) > 1  # of which one alone is an eigenvalue
+    assert float(left.weights[:, ghosts].sum(1).mean()) < 10 / 300
+
+
+def test_without_a_basis_few_distinct_eigenvalues_end_the_run():
+    values = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64).repeat(40)
+    left = cv.spectral_density(free(rotated(values)), probes=3, steps=50, keep="nowhere")
+    assert left.steps == 3
+    torch.testing.assert_close(left.nodes, torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64).repeat_interleave(3))
+
+
+def test_a_basis_in_main_memory_gives_the_same_bits():
+    A = free(rotated(linspace(0, 1, 80)))
+    here, there = (cv.spectral_density(A, probes=3, steps=10, keep=where) for where in ("device", "main"))
+    assert torch.equal(here.nodes, there.nodes) and torch.equal(here.weights, there.weights)
+    with pytest.raises(ValueError, match="keep is 'device', 'main' or 'nowhere', but got 'disk'"):
+        cv.spectral_density(A, keep="disk")
+
+
+def test_only_four_blocks_are_held_without_a_basis(monkeypatch):
+    import curvature.linalg.memory
+
+    monkeypatch.setattr(curvature.linalg.memory, "free_bytes", lambda device: 20 * 80 * 8)
+    A = free(rotated(linspace(0, 1, 80)))
+    with pytest.raises(cv.TooLarge):
+        cv.spectral_density(A, probes=4, steps=20)
+    assert cv.spectral_density(A, probes=4, steps=20, keep="nowhere").steps == 20
+
+
+# ------------------------------------------------------------------------------------------------- axes and quantiles
+
+
+def test_the_density_on_the_linear_axis_integrates_to_the_share_of_the_bulk():
+    values = torch.cat([linspace(0, 1, 396), linspace(20, 50, 4)])
+    density = cv.spectral_density(free(rotated(values)), probes=4, steps=40)
+    points = linspace(-1, 2, 4000)
+    estimate = density.density(points, axis="linear")
+    assert float(torch.trapezoid(estimate.value, points)) == pytest.approx(0.99, abs=0.002)
+    inner = (points > 0.2) & (points < 0.8)
+    torch.testing.assert_close(estimate.value[inner], torch.full_like(points[inner], 0.99), rtol=0.25, atol=0)
+    with pytest.raises(ValueError, match="axis is 'log' or 'linear'"):
+        density.density(points, axis="cubic")
+
+
+@pytest.mark.parametrize("name", ["uniform", "power", "negative"])
+def test_intervals_of_quantiles_hold_them(name):
+    values = {"uniform": linspace(0, 1, 300), "power": 1 / linspace(1, 300, 300), "negative": linspace(-3, 1, 300)}[
+        name
+    ]
+    A, ordered = scaling(values), values.sort().values
+    for share in (0.05, 0.25, 0.5, 0.9):
+        truth, held = float(ordered[math.ceil(share * 300) - 1]), 0
+        for seed in range(60):
+            density = cv.spectral_density(A, probes=4, steps=20, seed=seed)
+            low, high = density.quantile_interval(share)
+            held += low - 1e-12 <= truth <= high + 1e-12
+            assert low <= density.quantile(share) <= high
+        assert held >= 54

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from matrices import Stopping, free, linspace, rotated, tensor
@@ -421,3 +423,31 @@ def test_where_memory_ends_the_rest_is_averaged(monkeypatch, method):
     monkeypatch.setattr("curvature.linalg.memory.free_bytes", lambda device: 3 * bytes_of_row)
     with pytest.raises(cv.TooLarge):
         cv.trace(free(matrix), atol=1e-9, method=method)
+
+
+SPIKED = torch.cat([linspace(20, 100, 8), linspace(0.1, 1, 192)])
+
+
+@pytest.mark.parametrize("max_steps", [3, 200], ids=["rough", "converged"])
+def test_known_eigenpairs_take_their_share_of_the_variance_and_leave_the_mean(max_steps):
+    A, truth = free(rotated(SPIKED)), float(SPIKED.sum())
+    pairs = cv.eigsh(A, 8, max_steps=max_steps)
+    deflated = [cv.trace(A, products=24, seed=seed, deflate=pairs) for seed in range(150)]
+    plain = [cv.trace(A, products=24, seed=seed, method="hutchinson") for seed in range(150)]
+    errors, others = (torch.tensor([float(e) - truth for e in some]) for some in (deflated, plain))
+    assert errors.std() < others.std() / 5
+    assert abs(float(errors.mean())) < 4 * float(errors.std()) / 150**0.5
+    assert sum(inside(e, truth) for e in deflated) / 150 >= 0.9
+    assert all(e.cost.products == e.samples == 24 for e in deflated)
+    assert cv.trace(A, rtol=0.02, deflate=pairs).converged
+
+
+def test_pairs_that_cannot_be_those_of_the_matrix_are_refused():
+    A = free(rotated(SPIKED))
+    pairs = cv.eigsh(A, 2)
+    with pytest.raises(ValueError, match="Eigenvectors of 200 entries do not fit"):
+        cv.trace(free(rotated(SPIKED[:50])), products=8, deflate=pairs)
+    with pytest.raises(ValueError, match="not orthonormal"):
+        cv.trace(A, deflate=replace(pairs, vectors=pairs.vectors * 2))
+    with pytest.raises(ValueError, match=r"xtrace of .* takes no eigenpairs. Take 'auto'"):
+        cv.trace(A, deflate=pairs, method="xtrace")
