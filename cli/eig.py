@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from .load import load_operator
-from .options import Count, Output, Positive, Seed, Task, Tolerance
+from .load import load_operator, question_of
+from .options import By, Count, Output, Positive, Seed, Task, Tolerance
 from .output import deliver, prepare, warn
 
 
@@ -19,6 +19,7 @@ def eig(
     rtol: Tolerance = 1e-5,
     max_steps: Positive | None = None,
     block: Positive | None = None,
+    by: By = None,
     seed: Seed = 0,
     task: Task = Task(),
     output: Output = Output(),
@@ -43,6 +44,8 @@ def eig(
         At most so many passes over the data: 200, or 30 of krylov.
     block
         Vectors multiplied at once: 4, or k + 2 of krylov.
+    by
+        The eigenvalues of each layer or parameter instead, all from the same passes over the data.
     seed
         Of the random start vectors.
     """
@@ -51,7 +54,10 @@ def eig(
 
     A = load_operator(model, task)
     options: dict[str, Any] = {"which": which, "method": method, "rtol": rtol, "max_steps": max_steps, "block": block}
-    result = deliver(lambda run: cv.eigsh(A, k, seed=seed, run=run, **options), output, "eig")
-    if not result.converged.all():
-        count = int((~result.converged).sum())
-        warn(f"{count} of {k} eigenvalues have not converged: raise --max-steps or --rtol.")
+    ask = question_of(cv.eigsh, A, by)
+    result = deliver(lambda run: ask(k=k, seed=seed, run=run, **options), output, "eig")
+    pairs = [result] if by is None else result.results
+    count = sum(int((~some.converged).sum()) for some in pairs)
+    if count:
+        total = sum(len(some.values) for some in pairs)
+        warn(f"{count} of {total} eigenvalues have not converged: raise --max-steps or --rtol.")

@@ -6,7 +6,7 @@ import ast
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .code import import_from_here, is_spec, resolve
 from .options import Misuse, Task
@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 
 
 STRUCTURED = ("ggn-diagonal", "kfac", "ekfac")  # operators that are known by their entries
+
+
+def question_of(
+    ask: Callable[..., Any], A: cv.LinearOperator, by: Literal["layer", "parameter"] | None
+) -> Callable[..., Any]:
+    """`ask` of the matrix, or of the block of each layer or parameter in it."""
+    import curvature as cv
+
+    return partial(ask, A) if by is None else partial(cv.by_layer, ask, A, by=by)
 
 
 def load_operator(model: str | None, task: Task) -> cv.LinearOperator:

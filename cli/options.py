@@ -18,6 +18,7 @@ Count = Annotated[int, Parameter(name=("--k", "-k"), validator=Number(gte=1), gr
 Seed = Annotated[int, Parameter(validator=Number(gte=0, lt=2**63), group=NUMBERS)]
 Tolerance = Annotated[float, Parameter(validator=Number(gt=0, lt=1), group=NUMBERS)]
 
+By = Annotated[Literal["layer", "parameter"] | None, Parameter(group=NUMBERS)]
 Amount = Annotated[float, Parameter(validator=Number(gt=0), group=NUMBERS)]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from .load import load_operator
-from .options import Output, Positive, Seed, Task
+from typing import Literal
+
+from .load import load_operator, question_of
+from .options import By, Output, Positive, Seed, Task
 from .output import deliver, prepare
 
 
@@ -13,6 +15,8 @@ def spectrum(
     *,
     probes: Positive = 8,
     steps: Positive = 80,
+    keep: Literal["device", "main", "nowhere"] = "device",
+    by: By = None,
     seed: Seed = 0,
     task: Task = Task(),
     output: Output = Output(),
@@ -30,6 +34,10 @@ def spectrum(
         Random start vectors: more make the error bars smaller.
     steps
         Krylov steps, each one pass over the data: more resolve finer.
+    keep
+        Where the vectors of all steps are: with the matrix, in main memory, or nowhere: nothing is counted then.
+    by
+        The spectrum of each layer or parameter instead, all from the same passes over the data.
     seed
         Of the random vectors.
     """
@@ -37,4 +45,5 @@ def spectrum(
     import curvature as cv
 
     A = load_operator(model, task)
-    deliver(lambda run: cv.spectral_density(A, probes=probes, steps=steps, seed=seed, run=run), output, "spectrum")
+    ask = question_of(cv.spectral_density, A, by)
+    deliver(lambda run: ask(probes=probes, steps=steps, keep=keep, seed=seed, run=run), output, "spectrum")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from .load import load_operator
-from .options import Amount, Output, Positive, Seed, Task, Tolerance
+from .load import load_operator, question_of
+from .options import Amount, By, Output, Positive, Seed, Task, Tolerance
 from .output import deliver, prepare
 
 
@@ -21,6 +21,7 @@ def trace(
     max_products: Positive = 10_000,
     max_seconds: Amount = math.inf,
     method: Literal["auto", "krylov", "hutchinson", "hutch++", "xtrace", "xnystrace"] = "auto",
+    by: By = None,
     seed: Seed = 0,
     task: Task = Task(),
     output: Output = Output(),
@@ -47,6 +48,8 @@ def trace(
         The same in time.
     method
         auto is krylov: a sum over the largest eigenvalues, an average over the rest. hutchinson keeps no vectors.
+    by
+        The trace of each layer or parameter instead, all from the same passes over the data.
     seed
         Of the random vectors.
     """
@@ -55,4 +58,5 @@ def trace(
 
     A = load_operator(model, task)
     goal = {"rtol": rtol, "atol": atol, "level": level, "max_products": max_products, "max_seconds": max_seconds}
-    deliver(lambda run: cv.trace(A, products=products, method=method, seed=seed, run=run, **goal), output, "trace")
+    ask = question_of(cv.trace, A, by)
+    deliver(lambda run: ask(products=products, method=method, seed=seed, run=run, **goal), output, "trace")

@@ -184,11 +184,10 @@ def _beyond_a_gap(candidates: Tensor, gap: Tensor) -> Tensor:
 
 
 def percent(share: Estimate) -> str:
-    """A share with its standard error and, where it matters, its resolution; "none" when nothing was seen."""
-    if share.value == 0:
-        return "none"
+    """A share with its standard error and, where it matters, its resolution."""
     value, stderr, floor = (100 * float(x) for x in (share.value, share.stderr, share.floor))
-    return f"{value:.3g} % ± {stderr:.2g} %" + (f" (resolution {floor:.2g} %)" if floor > 0.1 else "")
+    shown = f"{value:.3g} % ± {stderr:.2g} %" if value else "none"
+    return shown + (f" (resolution {floor:.2g} %)" if floor > 0.1 else "")
 
 
 def signed_log(t: Tensor, unit: float) -> Tensor:

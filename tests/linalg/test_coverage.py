@@ -165,7 +165,7 @@ def cell(spectrum: str, name: str, n: int, adaptive: bool, seeds: int) -> dict[s
     if adaptive:
         assert estimator.share is not None
         budget = {"atol": estimator.share * float(estimator.size(values)), "max_products": 3000}
-    estimates = [estimator.ask(A, seed=seed, **budget) for seed in range(seeds)]
+    estimates = [estimator.ask(A, seed=1000 + seed, **budget) for seed in range(seeds)]
     bounds = [torch.stack(side) for side in zip(*(e.interval(LEVEL) for e in estimates), strict=True)]
     errors = torch.stack([e.value for e in estimates]) - truth
     rounding = 1e-12 * estimator.size(values)  # of the matrix that was made of the values, too

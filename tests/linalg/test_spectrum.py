@@ -138,7 +138,7 @@ def test_a_positive_semidefinite_operator_has_no_negative_share(steps, dtype):
         for A in (free(matrix), gram):
             density = cv.spectral_density(A, steps=steps, seed=seed)
             assert float(density.negative.value) == 0
-            assert percent(density.negative) == "none"
+            assert percent(density.negative).startswith("none")
 
 
 @pytest.mark.parametrize("probes, steps", [(2, 50), (8, 13), (8, 80), (50, 2), (150, 1), (99, 2)])
