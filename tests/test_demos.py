@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from demo_accuracy import kolmogorov, wasserstein
+from objectives import zoo
 
 import curvature as cv
 
@@ -59,6 +60,28 @@ def test_the_density_is_close_to_the_exact_spectrum(case):
     assert kolmogorov(density, exact, merged=1e-5) < 0.02
     distance, best_point_mass = wasserstein(density, exact)
     assert distance < best_point_mass / 5
+
+
+@pytest.mark.parametrize("matrix", [cv.hessian, cv.ggn])
+@pytest.mark.parametrize("network", zoo(), ids=str)
+def test_the_density_of_every_network_of_the_zoo_is_close_to_its_spectrum(network, matrix):
+    try:
+        A = matrix(network.objective())
+        exact = torch.linalg.eigvalsh(A.dense())
+    except cv.BadObjective:
+        pytest.skip("has no such matrix")
+    density = cv.spectral_density(A)
+    gaps = exact.diff() > 1e-9 * float(exact.abs().max())  # where no rounding moves an eigenvalue across
+    points = ((exact[1:] + exact[:-1]) / 2)[gaps]
+    shares = torch.searchsorted(exact, points) / len(exact)
+    assert float((density.cdf(points).value - shares).abs().max()) < 0.02
+    distance, best_point_mass = wasserstein(density, exact)
+    assert distance < best_point_mass / 5
+
+
+def test_ten_probes_and_eighty_steps_take_eighty_passes():
+    density = cv.spectral_density(cv.hessian(cv.demo("digits")), probes=10, steps=80)
+    assert (density.cost.passes, density.cost.products, density.steps) == (80, 800, 80)
 
 
 @pytest.mark.slow
