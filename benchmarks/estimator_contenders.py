@@ -51,7 +51,13 @@ class Columns:
         def matvec(vector: np.ndarray) -> np.ndarray:
             return (self @ torch.from_numpy(vector.ravel())).numpy()
 
-        return scipy.sparse.linalg.LinearOperator(self.shape, matvec=matvec, dtype=np.float64)
+        return scipy.sparse.linalg.LinearOperator(self.shape, matvec, dtype=np.float64)  # pyright: ignore
+
+
+def extreme(A: scipy.sparse.linalg.LinearOperator, count: int, start: np.ndarray, *, tolerance: float) -> Tensor:
+    """The largest eigenvalues by ARPACK."""
+    options: dict[str, Any] = {"which": "LA", "tol": tolerance, "v0": start, "return_eigenvectors": False}
+    return torch.from_numpy(np.array(scipy.sparse.linalg.eigsh(A, count, **options), dtype=np.float64))
 
 
 class Known(NamedTuple):
@@ -181,10 +187,7 @@ def _curvlinops_trace(name: str) -> Callable[[Any, Any, int], Trace]:
 
 def _arpack(A: Any, tolerance: float, seed: int) -> Tensor:
     start = np.random.default_rng(seed).standard_normal(A.shape[0])
-    values = scipy.sparse.linalg.eigsh(
-        A.to_scipy(), TOP, which="LA", tol=tolerance, v0=start, return_eigenvectors=False
-    )  # fmt: skip
-    return torch.from_numpy(np.array(values, dtype=np.float64))
+    return extreme(A.to_scipy(), TOP, start, tolerance=tolerance)
 
 
 def _curvlinops_density(A: Any, setting: tuple[int, int]) -> Density:
@@ -433,7 +436,9 @@ TRACES = {
 }
 LOOSE = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)  # residuals over values: the error is about the square of that
 LONG = range(12, 200, 2)
-ROUGH = tuple((1000, tolerance) for tolerance in (1e-3, 5e-4, 2e-4, 1e-4, 1e-5, 1e-6))  # most products for each, and its own tolerance
+ROUGH = tuple(
+    (1000, tolerance) for tolerance in (1e-3, 5e-4, 2e-4, 1e-4, 1e-5, 1e-6)
+)  # most products for each, and its own tolerance
 TOPS = {
     OURS: Way(CURVATURE, _our_top, settings=LOOSE),
     "curvature, block=1": Way(CURVATURE, partial(_our_top, block=1), settings=LOOSE),
