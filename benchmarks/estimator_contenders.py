@@ -419,11 +419,11 @@ MATFREE = Library("matfree", _no_network, _Compiled)
 
 OURS = "curvature"
 TRACES = {
-    OURS: Way(CURVATURE, _our_trace),
+    OURS: Way(CURVATURE, _our_trace, step=2),
     "curvature, xtrace": Way(CURVATURE, partial(_our_trace, method="xtrace"), step=2),
-    "curvature, hutch++": Way(CURVATURE, partial(_our_trace, method="hutch++")),
+    "curvature, hutch++": Way(CURVATURE, partial(_our_trace, method="hutch++"), step=2),
     "curvature, hutchinson": Way(CURVATURE, partial(_our_trace, method="hutchinson"), average=True),
-    "curvature, control": Way(CURVATURE, partial(_our_trace, controlled=True)),
+    "curvature, control": Way(CURVATURE, partial(_our_trace, controlled=True), step=2),
     "curvature, hutchinson, control": Way(
         CURVATURE, partial(_our_trace, controlled=True, method="hutchinson"), average=True
     ),

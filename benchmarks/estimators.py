@@ -58,7 +58,7 @@ from curvature.assets.make import TRAINING_DIGITS, draw, fit_, initial
 
 RESULTS = Path(__file__).parent / "results"
 CLOSE = {"trace": 0.01, "eigsh": 1e-3, "density": 0.02}  # what is accurate enough
-SEEDS = {"trace": 40, "eigsh": 5, "density": 2}
+SEEDS = {"trace": 100, "eigsh": 5, "density": 2}
 FIRST = {"trace": 24, "density": 12}  # where a search starts
 LONGEST = {"trace": 2, "density": 8}  # and the share of all rows where it ends
 PROBES = 10
