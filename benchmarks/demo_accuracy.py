@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import scipy.linalg
@@ -31,7 +31,17 @@ RESULTS = Path(__file__).parent / "results"
 MERGED = (0.0, 1e-7, 1e-6, 1e-5, 1e-4)  # of the largest eigenvalue
 
 
-def kolmogorov(density: cv.SpectralDensity, exact: Tensor, merged: float) -> float:
+class Masses(Protocol):
+    """Where the eigenvalues are thought to be (d,), and how many of them, as a share of all, by each probe (p, d)."""
+
+    @property
+    def nodes(self) -> Tensor: ...
+
+    @property
+    def weights(self) -> Tensor: ...
+
+
+def kolmogorov(density: Masses, exact: Tensor, merged: float) -> float:
     """The largest difference between the two staircases, eigenvalues below `merged` of the largest counted as zero."""
     limit = merged * float(exact.abs().max())
     nodes, truth = (torch.where(t.abs() <= limit, 0.0, t).sort() for t in (density.nodes, exact))
