@@ -28,7 +28,7 @@ from curvature.result import Estimate
 
 BLOCK = 16  # vectors multiplied at once: one pass over the data for all of them
 UNSURE = 3  # z.Az of few large eigenvalues is spread like chi-squared: so many samples know as much as one normal one
-WIDTH = 4  # of the Krylov space: narrower follows the large eigenvalues better, wider takes fewer passes
+WIDTH = 2  # of the Krylov space: narrower follows the large eigenvalues better, wider takes fewer passes
 
 
 class Basis:

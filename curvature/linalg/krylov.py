@@ -18,6 +18,7 @@ from curvature.linalg.measurement import Measurement
 from curvature.linalg.memory import need_basis
 from curvature.linalg.space import CHUNK, Space
 
+BLOWN_UP = 10.0  # times rounding: what orthogonality to the basis may lose when a block is made orthonormal
 ROUNDED = 1e-6  # of the norm: as asymmetric as float64 products of models that compute parts in float32 may be
 
 
@@ -85,9 +86,10 @@ class Krylov:
         frontier = slice(self.size - self.width, self.size)
         rows = self.measurement.apply(self._basis[frontier].to(self.measurement.operator.device)).to(self.space.device)
         self.scale = max(self.scale, float(self.space.norms(rows).max()))
-        components = self._project_out(rows)
-        self._check_symmetry(components, frontier)
-        self._couple(frontier, slice(0, self.size), components)
+        components = self._known(rows, frontier)
+        found = self._project_out(rows)
+        self._check_symmetry(components, found, frontier)
+        self._couple(frontier, slice(0, self.size), components + found)
         self.multiplied, self.remainder = self.size, rows
         self.edge = torch.eye(self.size, dtype=torch.float64, device=rows.device)[frontier]
         return bool(self.space.norms(rows).max() > self.rounding)
@@ -95,7 +97,7 @@ class Krylov:
     def extend(self) -> bool:
         """Make the remainder the next frontier; False when nothing of it is left."""
         block = slice(self.size - self.width, self.size)
-        fresh = self._append(self.remainder, small=self.rounding)
+        fresh = self._append(self.remainder, small=self.rounding, clean=True)
         self._couple(fresh, block, self.space.inner(self._basis[fresh], self.remainder))
         return self.width > 0
 
@@ -154,38 +156,70 @@ class Krylov:
         """Norms up to this are rounding."""
         return self.space.rounding(self.scale)
 
-    def _append(self, rows: Tensor, *, small: float) -> slice:
+    def _append(self, rows: Tensor, *, small: float, clean: bool = False) -> slice:
         """Append what `rows` span, beyond `small`, as the frontier; returns where it lies.
 
         `rows` have been cleaned of the basis once; the second time ("twice is enough", Giraud et al. 2005) comes after
-        they were normalised, so that it also removes what cancellation has blown up.
+        they were normalised, so that it also removes what cancellation has blown up. Where they are `clean` to rounding
+        that is nothing unless they are nearly dependent.
         """
         fresh = self.space.orthonormal(rows, small=small)
-        self._project_out(fresh)
-        fresh = self.space.orthonormal(fresh)[: self.capacity - self.size]
+        if not clean or len(fresh) < len(rows) or _condition(self.space.inner(fresh, rows)) > BLOWN_UP:
+            self._project_out(fresh)
+            fresh = self.space.orthonormal(fresh)
+        fresh = fresh[: self.capacity - self.size]
         place = slice(self.size, self.size + len(fresh))
         self._basis[place] = fresh
         self.size, self.width = place.stop, len(fresh)
         return place
 
-    def _project_out(self, rows: Tensor) -> Float[Tensor, "k d"]:
-        """Remove from `rows`, in place, their components in the basis; returns the components."""
-        basis = self._basis[: self.size]
-        components = self.space.inner(rows, basis)
-        rows -= self.space.combine(components, basis)
+    def _known(self, rows: Tensor, frontier: slice) -> Float[Tensor, "k d"]:
+        """Remove from the products with the frontier, in place, what they must have of the basis; returns that.
+
+        T is symmetric: it says from earlier steps, of all rows but the frontier itself, and is zero for most of them.
+        """
+        components = self._projected[frontier, : self.size].clone()
+        near = components.any(0).nonzero().flatten().tolist()
+        if near:
+            some = slice(near[0], near[-1] + 1)
+            rows -= self.space.combine(components[:, some], self._basis[some])
+        components[:, frontier] = self.space.inner(rows, self._basis[frontier])
+        rows -= self.space.combine(components[:, frontier], self._basis[frontier])
         return components
+
+    def _project_out(self, rows: Tensor) -> Float[Tensor, "k d"]:
+        """Remove from `rows`, in place, their components in the basis; returns the components.
+
+        A second time where the first leaves less than half of them, which may then be rounding of what was removed.
+        They need not be exact: T is to rounding if the basis is orthogonal to its root (Simon 1984, Linear Algebra
+        Appl. 61).
+        """
+        basis = self._basis[: self.size]
+        total = torch.zeros(len(rows), self.size, dtype=torch.float64, device=rows.device)
+        for _ in range(2):
+            lengths = self.space.norms(rows)
+            components = self.space.roughly(rows, basis)
+            rows -= self.space.combine(components, basis)
+            total += components
+            if bool((self.space.norms(rows) >= lengths / 2).all()):
+                break
+        return total
 
     def _couple(self, rows: slice, columns: slice, coupling: Tensor) -> None:
         self._projected[rows, columns] = coupling
         self._projected[columns, rows] = coupling.T
 
-    def _check_symmetry(self, coefficients: Tensor, frontier: slice) -> None:
-        known = self._projected[: self.multiplied, frontier].T  # from earlier steps
-        asymmetry = (coefficients[:, : self.multiplied] - known).abs().max() if self.multiplied else 0.0
-        square = coefficients[:, frontier]
-        asymmetry = max(float(asymmetry), float((square - square.T).abs().max()))
+    def _check_symmetry(self, known: Tensor, found: Tensor, frontier: slice) -> None:
+        """`found` are the components of the products in the basis beside those that a symmetric T says."""
+        square = known[:, frontier]
+        asymmetry = max(float(found.abs().max()), float((square - square.T).abs().max()))
         self.noise = max(self.noise, asymmetry)
         check_symmetry(asymmetry, self.scale, self.space)
+
+
+def _condition(matrix: Tensor) -> float:
+    values = torch.linalg.svdvals(matrix)
+    return float(values[0] / values[-1]) if len(values) else 1.0
 
 
 class Recurrence:

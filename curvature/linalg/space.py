@@ -38,6 +38,16 @@ class Space:
             total += u[:, piece].double() @ v[:, piece].double().T
         return total
 
+    def roughly(self, u: Float[Tensor, "k n"], v: Float[Tensor, "l n"]) -> Float[Tensor, "k l"]:
+        """The same to about the rounding of their dtype, several times as fast: to orthogonalise, not to measure."""
+        if u.dtype not in (torch.float32, torch.float64):
+            return self.inner(u, v)
+        total = torch.zeros(len(u), len(v), dtype=torch.float64, device=u.device)
+        for start in range(0, self.size, CHUNK):
+            piece = slice(start, start + CHUNK)
+            total += u[:, piece] @ v[:, piece].T
+        return total
+
     def diagonal(self, u: Float[Tensor, "k n"], v: Float[Tensor, "k n"]) -> Float[Tensor, " k"]:
         """The inner products u_i . v_i, likewise."""
         return torch.stack([self.inner(a[None], b[None])[0, 0] for a, b in zip(u, v, strict=True)])
