@@ -33,7 +33,7 @@ KINDS = {
     "exact estimate": lambda: cv.trace(cv.Diagonal(tensor(1, 2))),
     "estimate": lambda: cv.trace(free(MATRIX), products=20, seed=5),
     "estimates": lambda: cv.spectral_density(free(MATRIX), steps=4).cdf(tensor(-1, 0, 1)),
-    "interrupted estimate": lambda: interrupted(cv.trace, after=8, products=59),
+    "interrupted estimate": lambda: interrupted(cv.trace, after=15, products=59),
     "pairs": lambda: cv.eigsh(free(MATRIX), 3),
     "large pairs": lambda: cv.eigsh(free(MATRIX), 20),
     "float32 pairs": lambda: cv.eigsh(free(MATRIX.float()), 2),

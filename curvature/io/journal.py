@@ -6,8 +6,10 @@ killed while writing all records but the last are whole; the next one to open th
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import weakref
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,21 +27,29 @@ PREFIX = 12  # bytes before each record: 8 of its length, 4 of its checksum
 class Journal:
     """Records of named tensors in the file at `path`, which is made if need be, of the work that `heading` describes.
 
-    BadFile where the file is no journal, or of other work: `heading` is JSON, and has to be the same.
+    BadFile where the file is no journal, is damaged, is written by another process, or is of other work: `heading` is
+    put down as JSON, and has to be the same.
     """
 
     def __init__(self, path: str | os.PathLike[str], heading: Mapping[str, Any]) -> None:
-        self.path = Path(path)
-        self.heading = json.dumps(heading, sort_keys=True).encode()
-        if not self.path.exists():
-            self._write(self._head)
+        self.path = Path(path).absolute()  # whatever the working folder will be
+        self.heading = json.dumps(heading, sort_keys=True, default=str).encode()
+        try:
+            if not self.path.exists():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(self.path, self._head)
+            self._open()
+        except (OSError, ValueError) as error:
+            raise BadFile(f"The checkpoint {path} cannot be written: {error}.", "Give another path.") from error
         self.end = len(MAGIC)  # of what was read or written
-        found = self._next() if self.path.is_file() and self._bytes(0, len(MAGIC)) == MAGIC else None
+        found = self._next() if self._bytes(0, len(MAGIC)) == MAGIC else None
         if found is None:
-            raise BadFile(f"{path} is not a checkpoint.", "Give another path: this one would be overwritten.")
+            raise BadFile(
+                f"{path} is not a checkpoint, or its beginning is damaged.", "Move it away, or give another path."
+            )
         if found != self.heading:
             raise BadFile(
-                f"{path} is the checkpoint of other work: {_difference(json.loads(found), dict(heading))}.",
+                f"{path} is the checkpoint of other work: {_difference(found, self.heading)}.",
                 "Ask the same question again to go on with it, or give another path.",
             )
 
@@ -55,55 +65,71 @@ class Journal:
         found = self._next()
         if found is not None:
             return safetensors.torch.load(found)
-        if os.path.getsize(self.path) > self.end:
-            os.truncate(self.path, self.end)  # a record that was being written
+        if self._length() > self.end:
+            os.ftruncate(self.file, self.end)  # a record that was being written
         return None
 
     def append(self, record: Mapping[str, Tensor]) -> None:
         """Add a record after the last."""
-        data = _framed(_saved(record))
-        if os.path.getsize(self.path) != self.end:
-            raise BadFile(f"Another process writes to the checkpoint {self.path}.", "Give each its own path.")
-        with open(self.path, "ab", buffering=0) as file:
-            try:
-                _write_all(file.fileno(), data)
-            except OSError as error:  # what is there stays usable
-                os.ftruncate(file.fileno(), self.end)
-                raise_naming(self.path, self.path, error)
-                raise
-        self.end += len(data)
+        data = _saved(record)
+        os.lseek(self.file, self.end, os.SEEK_SET)
+        try:
+            for part in (_prefix(data), data):
+                _write_all(self.file, part)
+        except OSError as error:  # what is there stays usable
+            os.ftruncate(self.file, self.end)
+            raise_naming(self.path, self.path, error)
+            raise
+        self.end += PREFIX + len(data)
 
     def replace(self, record: Mapping[str, Tensor]) -> None:
         """Put one record in the place of all."""
-        data = self._head + _framed(_saved(record))
-        self._write(data)
-        self.end = len(data)
+        data = _saved(record)
+        write_atomically(self.path, lambda file: [file.write(part) for part in (self._head, _prefix(data), data)])
+        self._close()
+        self._open()
+        self.end = self._length()
 
     @property
     def _head(self) -> bytes:
-        return MAGIC + _framed(self.heading)
+        return MAGIC + _prefix(self.heading) + self.heading
 
-    def _write(self, data: bytes) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, data)
+    def _open(self) -> None:
+        """Take the file for this process, until nobody holds this journal any more."""
+        self.file = os.open(self.path, os.O_RDWR)
+        self._close = weakref.finalize(self, os.close, self.file)
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BadFile(
+                f"Another process writes to the checkpoint {self.path}.", "Give each its own path."
+            ) from error
+
+    def _length(self) -> int:
+        return os.fstat(self.file).st_size
 
     def _next(self) -> bytes | None:
-        """What the record from `end` on holds, and `end` after it; None where it is not whole."""
+        """What the record from `end` on holds, and `end` after it; None where it is not whole, and nothing follows."""
         prefix = self._bytes(self.end, PREFIX)
         length, checksum = int.from_bytes(prefix[:8], "little"), int.from_bytes(prefix[8:], "little")
-        left = os.path.getsize(self.path) - self.end - PREFIX
-        if len(prefix) < PREFIX or length > left:
+        stop = self.end + PREFIX + length
+        if len(prefix) < PREFIX or length == 0 or stop > self._length():
             return None
         data = self._bytes(self.end + PREFIX, length)
-        if zlib.crc32(data) != checksum:
-            return None
-        self.end += PREFIX + length
-        return data
+        if zlib.crc32(data) == checksum:
+            self.end = stop
+            return data
+        if stop < self._length():
+            raise BadFile(f"{self.path} is damaged from byte {self.end} on.", "Move it away, and start again.")
+        return None
 
     def _bytes(self, start: int, count: int) -> bytes:
-        with open(self.path, "rb") as file:
-            file.seek(start)
-            return file.read(count)
+        os.lseek(self.file, start, os.SEEK_SET)
+        parts = []
+        while count and (part := os.read(self.file, count)):
+            parts.append(part)
+            count -= len(part)
+        return b"".join(parts)
 
 
 def _saved(record: Mapping[str, Tensor]) -> bytes:
@@ -112,8 +138,8 @@ def _saved(record: Mapping[str, Tensor]) -> bytes:
     return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in record.items()})
 
 
-def _framed(data: bytes) -> bytes:
-    return len(data).to_bytes(8, "little") + zlib.crc32(data).to_bytes(4, "little") + data
+def _prefix(data: bytes) -> bytes:
+    return len(data).to_bytes(8, "little") + zlib.crc32(data).to_bytes(4, "little")
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
@@ -122,10 +148,17 @@ def _write_all(descriptor: int, data: bytes) -> None:
         left = left[os.write(descriptor, left) :]
 
 
-def _difference(theirs: Any, ours: Any, name: str = "") -> str:
-    """The first entry in which two JSON values differ."""
+def _difference(found: bytes, heading: bytes) -> str:
+    """The first entry in which two headings differ."""
+    try:
+        return _unlike(json.loads(found), json.loads(heading))
+    except ValueError:
+        return "its heading is not that of a measurement"
+
+
+def _unlike(theirs: Any, ours: Any, name: str = "") -> str:
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for key in sorted({*theirs, *ours}):
             if theirs.get(key) != ours.get(key):
-                return _difference(theirs.get(key), ours.get(key), f"{name}.{key}".lstrip("."))
+                return _unlike(theirs.get(key), ours.get(key), f"{name}.{key}".lstrip("."))
     return f"its {name or 'heading'} is {json.dumps(theirs)}, not {json.dumps(ours)}"

@@ -92,7 +92,8 @@ class KrylovBasis(Basis):
 
 
 class KnownBasis(Basis):
-    """Eigenvectors that were found before, at no product: their values are the diagonal of T."""
+    """Eigenvectors that were found before: their values are the diagonal of T. One product with a mixture of them tells
+    whether they are pairs of this matrix; if not, T takes a product with each."""
 
     def __init__(self, measurement: Measurement, pairs: Eigenpairs) -> None:
         super().__init__(measurement)
@@ -106,6 +107,12 @@ class KnownBasis(Basis):
         gram = self.space.inner(self._rows, self._rows)
         if float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max()) > self.space.eps**0.5:
             raise ValueError("The eigenvectors are not orthonormal. Take them as eigsh returns them.")
+        values, residuals = (t.double().to(self.space.device) for t in (pairs.values, pairs.residuals))
+        product = measurement.apply(self._rows.sum(0, keepdim=True))
+        expected = self.space.combine(values[None], self._rows)
+        allowed = 10 * float(residuals.sum()) + self.space.rounding(float(self.space.norms(product)[0]))
+        if float(self.space.norms(product - expected)[0]) > allowed:
+            self._projected = self.space.inner(self._rows, measurement.apply(self._rows))
 
     @property
     def rows(self) -> Float[Tensor, "q n"]:
@@ -190,7 +197,7 @@ class Deflated:
                 self.pairs.append((probes, images))
                 self.square += float(self.space.norms(images).square().sum())
             else:
-                record = self.measurement.once(partial(self._averaged, probes))
+                record = self.measurement.once(partial(self._averaged, probes), probes)
                 self.done.append(record["forms"].cpu())
                 self.square += float(record["squares"].sum())
             self.count += len(rows)
@@ -278,7 +285,7 @@ def columns(measurement: Measurement) -> Iterator[tuple[Float[Tensor, " k"], Flo
         index = torch.arange(start, min(start + BLOCK, n), device=A.device)
         rows = torch.zeros(len(index), n, dtype=A.dtype, device=A.device)
         rows[index - start, index] = 1
-        record = measurement.once(partial(_column, measurement, rows, index))
+        record = measurement.once(partial(_column, measurement, rows, index), rows)
         yield record["entries"], record["squares"]
 
 

@@ -90,9 +90,16 @@ class _Sums:
     def __init__(self, places: Mapping[str, slice | Tensor] | None, space: Space) -> None:
         self.names = () if places is None else tuple(places)
         self.places, self.size = places, space.size if places is None else len(places)
+        self.described: dict[str, list[int]] = {}  # how many coordinates, and their sum: which they are
+        if places is not None and not places:
+            raise ValueError("Expected a block at least, but got none.")
         for name, place in (places or {}).items():
-            if len(torch.arange(space.size)[place if isinstance(place, slice) else place.cpu()]) == 0:
+            if not isinstance(place, slice | Tensor):
+                raise TypeError(f"A place is a slice or a tensor of coordinates, but {name!r} is {place!r}.")
+            index = torch.arange(space.size)[place if isinstance(place, slice) else place.cpu()]
+            if len(index) == 0:
                 raise ValueError(f"The block {name!r} has no coordinates.")
+            self.described[name] = [len(index), int(index.sum())]
 
     def __call__(self, vector: Float[Tensor, " n"]) -> Float[Tensor, " b"]:
         if self.places is None:
@@ -111,7 +118,7 @@ def _sums(
 ) -> Estimate:
     """The diagonal of A, or its sums over `places`."""
     sums = _Sums(places, A.domain)
-    options = {**goal.options, "method": method} | ({} if places is None else {"blocks": list(places)})
+    options = {**goal.options, "method": method} | ({} if places is None else {"blocks": sums.described})
     measurement = Measurement(A, question, options=options, seed=seed, run=run)
     if method not in ("auto", "hutchinson", "xdiag"):
         raise ValueError(f"method is 'auto', 'hutchinson' or 'xdiag', but got {method!r}.")
@@ -178,7 +185,7 @@ class _Averaged:
         if self.moments.count > 1:  # of an earlier process
             yield self.estimate()
         for rows in blocks(self.draws, products - self.measurement.products):
-            record = self.measurement.once(partial(self._products, rows))
+            record = self.measurement.once(partial(self._products, rows), rows)
             for vector in record["vectors"]:
                 self.moments.add(vector.double())
             self.measurement.keep(self.moments.state)

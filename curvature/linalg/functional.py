@@ -29,6 +29,7 @@ from curvature.result import Estimate
 PROBES = 8  # that advance together
 STEPS = 100  # at most, with one block of them
 SMALL = 0.1  # of the error of the probes: what is left to the steps when they are enough
+SLOWEST = math.log(1.5) / math.log(2)
 LOOKS = (6, 9, 13, 19, 28, 42, 63)  # steps after which to see whether they are
 
 
@@ -79,9 +80,12 @@ def trace_of(
     def functions(values: Tensor) -> Tensor:
         return function(values).reshape(-1, len(values))
 
-    shape = function(torch.ones(1, dtype=torch.float64)).shape[:-1]
+    values = function(torch.linspace(0.125, 1, 8, dtype=torch.float64))  # which function it is
+    if not isinstance(values, Tensor) or values.ndim == 0 or values.shape[-1] != 8:
+        raise ValueError("The function of eigenvalues (d,) has to return a tensor (..., d), entry by entry.")
+    shape = values.shape[:-1]
     functional = Functional(functions, lambda traces: traces.reshape((*traces.shape[:-1], *shape)))
-    return _estimated("trace_of", functional, A, budget, seed, run)
+    return _estimated("trace_of", functional, A, budget, seed, run, function=values.tolist())
 
 
 def logdet(
@@ -173,8 +177,7 @@ def effective_rank(A: LinearOperator, *, seed: int = 0, run: Run | None = None, 
     A = as_operator(A)
 
     def functions(t: Tensor) -> Tensor:
-        size = t.clamp(min=0) if A.psd else t.abs()  # of a psd matrix what is negative is rounding
-        return torch.stack([size, torch.xlogy(size, size)])
+        return torch.stack([t.abs(), torch.xlogy(t.abs(), t.abs())])
 
     def answer(traces: Tensor) -> Tensor:
         return (traces[..., 0].log() - traces[..., 1] / traces[..., 0]).exp()
@@ -197,6 +200,9 @@ def _estimated(
 ) -> Estimate:
     least = 96 if functional.degree else 192  # half, or a third, of it makes the Krylov space
     A, goal = as_operator(A), Goal(**{"products": 256, "least": least, **budget})
+    if A.psd and functional.degree is None:  # what is negative is rounding; of polynomials even such nodes are right
+        of_any = functional.functions
+        functional = replace(functional, functions=lambda t: of_any(t.clamp(min=0)))
     measurement = Measurement(A, question, options={**options, **goal.options}, seed=seed, run=run)
     if not A.symmetric:
         raise ValueError(f"{question} needs a symmetric operator, but got {A!r}. Take A.adjoint() @ A, say.")
@@ -204,11 +210,15 @@ def _estimated(
         known = eigenvalues(A)
     except TypeError:  # its structure does not tell them
         quadrature = Quadrature(measurement, functional, seed)
+        if goal.most < min(quadrature.fewest, A.shape[0]):
+            raise ValueError(
+                f"{question} needs {quadrature.fewest} products at least, but may take {goal.most}."
+            ) from None
         estimate = pursued(measurement, goal, quadrature, lambda: _whole(measurement, functional))
     else:
         estimate = measurement.exact(functional.answer(functional.of(known).sum(1)))
     if torch.isnan(estimate.value).any():
-        raise ValueError(f"The {question} of a zero matrix is not defined.")
+        raise ValueError(f"The {question} of {A!r} is not a number: it is zero, or says that it is psd and is not.")
     return estimate
 
 
@@ -234,8 +244,13 @@ class Quadrature:
         self.inside = self.beyond = torch.zeros(0)  # (c,) the traces on the rows, and how wrong they may be
         self.samples = self.floors = torch.zeros(0, 0, dtype=torch.float64)  # (p, c) of the random vectors, likewise
         self.scale = 0.0  # of A: what vectors in its null space have is rounding
-        self.steps = 1 if functional.degree is None else (functional.degree + 1) // 2  # that a vector takes
-        if (state := measurement.resume()) is not None:
+        self.steps = (functional.degree + 1) // 2 if functional.degree else LOOKS[0]  # that a vector takes
+        self.fewest = 2 * self.steps * (1 if functional.degree else 2)
+        self.started = False
+
+    def _resume(self) -> None:
+        """Go on from what the checkpoint keeps."""
+        if (state := self.measurement.resume()) is not None:
             self.rows, self.inside, self.beyond = state["rows"], state["inside"], state["beyond"]
             self.samples, self.floors = state["samples"], state["floors"]
             self.steps, self.scale = int(state["steps"]), float(state["scale"])
@@ -243,13 +258,15 @@ class Quadrature:
 
     def upto(self, products: int) -> Iterator[Estimate | None]:
         """Spend up to so many products, with those before; yields the estimate after each block of vectors."""
+        if not self.started:
+            self.started = True
+            self._resume()
         if self.rows is None:
             share = 1 / 3 if self.functional.degree is None else 1 / 2
             yield from self._begin(int(products * share))
         while True:
             left = products - self.measurement.products
-            fit = left // (self.steps if len(self.samples) or self.functional.degree else LOOKS[0])
-            width = min(PROBES, fit)
+            width = min(PROBES, left // (self.steps if len(self.samples) or self.functional.degree else LOOKS[0]))
             if width < 2 and len(self.samples):
                 yield self.estimate()
                 return
@@ -304,18 +321,22 @@ class Quadrature:
                 noise = values.std(0) / (len(self.samples) + width) ** 0.5
                 if last or bool((change <= SMALL * noise).all()):
                     break
-        self.steps = len(ends)
+        self.steps = len(ends) if degree else max(len(ends), LOOKS[0])
         self.samples = torch.cat([self.samples.reshape(-1, len(change)), values.cpu()])
         self.floors = torch.cat([self.floors.reshape(-1, len(change)), (change + rounding).cpu()])
 
     def _change(self, krylov: Krylov, first: Tensor, ends: list[int], values: Tensor) -> Float[Tensor, " c"]:
-        """What more steps would still change in the mean: as much as the last third did, or all of a geometric series
-        that goes on as the last two thirds say, whichever is more."""
-        third = max(1, len(ends) // 3)
-        early, late = (self._values(krylov, first, ends[-1 - back])[0].mean(0) for back in (2 * third, third))
+        """What more steps would still change in the mean: as much as the last third did, or all that is left where it
+        falls like a power of their number, as the last two thirds say.
+
+        A power falls by the least ratio SLOWEST from one third to the next, when it hardly falls at all. What is left
+        of it is 1.5 r / (SLOWEST - r) times what the last third did, to a few per cent.
+        """
+        count = len(ends)
+        early, late = (self._values(krylov, first, ends[round(count * part) - 1])[0].mean(0) for part in (1 / 3, 2 / 3))
         last, previous = (values.mean(0) - late).abs(), (late - early).abs()
-        ratio = (last / previous).nan_to_num(0.0, 0.99, 0.99).clamp(max=0.99)
-        return last * (ratio / (1 - ratio)).clamp(min=1)
+        ratio = (last / previous).nan_to_num(0.0, 1.0, 1.0).clamp(max=0.95 * SLOWEST)
+        return last * (1.5 * ratio / (SLOWEST - ratio)).clamp(min=1)
 
     def estimate(self) -> Estimate:
         """What all vectors so far amount to: the jackknife over them."""

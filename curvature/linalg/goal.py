@@ -87,7 +87,8 @@ class Goal:
         """The numbers of products after which to look at the estimate, while there is time."""
         look = float(self.first)
         while look < self.most:
-            yield math.ceil(look)
+            if look >= measurement.products:  # else it was looked at by the process before
+                yield math.ceil(look)
             if measurement.seconds > self.max_seconds:
                 return
             look *= GROWTH

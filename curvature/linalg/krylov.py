@@ -295,7 +295,7 @@ class Recurrence:
 
 def check_symmetry(asymmetry: float, scale: float, space: Space) -> None:
     """Refuse an operator whose projection is not symmetric: its Ritz values would be numbers without meaning."""
-    if asymmetry > max(space.eps**0.5, ROUNDED) * scale:
+    if asymmetry > max(space.eps**0.5, ROUNDED) * scale + torch.finfo(space.dtype).tiny:
         raise ValueError(
             f"The operator is not symmetric: |u.Av - v.Au| reached {asymmetry:.2g}, with |A| about "
             f"{scale:.2g}. If it comes from a model, objective.check() looks for the cause."

@@ -68,9 +68,9 @@ class Lockstep:
             )
             for name, place in self.places.items()
         ]
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                thread.start()
             while self._wait() and not self.failures:
                 self._multiply()
         except BaseException as error:
@@ -93,6 +93,7 @@ class Lockstep:
         except Interrupted as stopped:
             result = stopped.result
         except BaseException as error:
+            error.add_note(f"In the block {name!r}.")
             with self.changed:
                 self.failures[name] = error
                 self.changed.notify_all()
@@ -118,7 +119,8 @@ class Lockstep:
 
     def _multiply(self) -> None:
         asked = {name: self.asked[name] for name in self.places if name in self.asked}
-        answers = self.measurement.once(partial(self._products, asked))
+        sums = torch.cat([rows.sum(1, keepdim=True, dtype=torch.float64) for rows in asked.values()])
+        answers = self.measurement.once(partial(self._products, asked), sums)
         self.meter.passes = self.measurement.cost.passes
         reports = self.progress.values()
         if reports:
@@ -151,7 +153,8 @@ class Lockstep:
             self.stop = reason
             self.changed.notify_all()
         for thread in threads:
-            thread.join()
+            if thread.ident is not None:  # an interrupt may have come before it was started
+                thread.join()
 
 
 class _Abandoned(BaseException):

@@ -19,7 +19,8 @@ from curvature.progress import Progress, Run
 from curvature.result import Cost, Estimate, Origin, versions
 
 Record = dict[str, Tensor]
-SPENT, STATE = "_spent", "_state"  # beside the tensors of a record: its cost, and the mark of a state
+# beside the tensors of a record: its cost; the sums of the rows that were asked; of a state a row and its product
+SPENT, ASKED, WITNESS = "_spent", "_asked", "_witness"
 
 
 class Measurement:
@@ -52,36 +53,51 @@ class Measurement:
         self._next: dict[str, Tensor] | None = None  # what was read of it but not used
         self._trusted = False  # that the operator gives the products in it
         self._inside = False  # of `once`
+        self._witness: Tensor | None = None  # (2, n) a row and its product
         if A.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(A.device)
 
     def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
         """A times each row; NonFinite when a product is not finite, which would poison all that follows."""
-        return self.once(lambda: {"products": self._multiplied(rows)})["products"]
+        return self.once(lambda: {"products": self._multiplied(rows)}, rows)["products"]
 
-    def once(self, compute: Callable[[], Record]) -> Record:
-        """What `compute` makes of some products; where the checkpoint holds that, what it says."""
+    def once(self, compute: Callable[[], Record], rows: Float[Tensor, "k n"]) -> Record:
+        """What `compute` makes of the products with `rows`; where the checkpoint holds that, what it says."""
         if self._inside or self.run.checkpoint is None:
             return compute()
+        asked = rows.sum(1, dtype=torch.float64).cpu()
         if (record := self._peek()) is None:
             record = self._computed(compute)
-            self._journal.append({**record, SPENT: self._spent})
+            self._journal.append({**record, ASKED: asked, SPENT: self._spent})
             return record
-        if not self._trusted:
-            self._compare(record, self._computed(compute))
+        fresh = {} if self._trusted else self._computed(compute)
+        self._compare(record, {**fresh, ASKED: asked})
         return self._taken()
 
     def resume(self) -> Record | None:
-        """The state that was kept, where the checkpoint begins with one."""
+        """The state that was kept, where the checkpoint begins with one; the matrix is asked whether it is the same."""
         record = None if self.run.checkpoint is None else self._peek()
-        return self._taken() if record is not None and STATE in record else None
+        if record is None or WITNESS not in record:
+            return None
+        row, product = record.pop(WITNESS).to(self.operator.device, self.operator.dtype)
+        spent = self.products
+        self._compare({WITNESS: product.cpu()}, {WITNESS: self._multiplied(row[None])[0]})
+        self.products = spent
+        self._witness = torch.stack([row, product])
+        return self._taken()
 
     def keep(self, state: Record) -> None:
         """Put the whole state of the question in the place of what led to it in the checkpoint, where that takes more
         than twice the room: it does not grow without end."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-        if self.run.checkpoint is not None and self._peek() is None and self._journal.size > 2 * size:
-            self._journal.replace({**state, STATE: torch.zeros(0), SPENT: self._spent})
+        if self.run.checkpoint is None or self._peek() is not None or self._journal.size <= 2 * size:
+            return
+        if self._witness is None:  # all products until now were read
+            row = self.operator.domain.draw(1, seed=0)[0]
+            spent = self.products
+            self._witness = torch.stack([row, self._multiplied(row[None])[0]])
+            self.products = spent
+        self._journal.replace({**state, WITNESS: self._witness, SPENT: self._spent})
 
     def report(self, done: int, total: int, note: str = "", unit: str = "steps") -> None:
         """Tell whoever listens that `done` of `total` units of work are done."""
@@ -134,6 +150,8 @@ class Measurement:
             describe(self.operator)  # hashes model and data: should that fail, then before the work
         self.products += len(rows)
         product = self.operator.apply(rows).detach()  # of a matrix that is a parameter, say
+        if self.run.checkpoint is not None and self._witness is None and len(rows):
+            self._witness = torch.stack([rows[0], product[0]])
         if not torch.isfinite(product).all():
             raise NonFinite(
                 f"A product with {self.operator!r} has entries that are not finite.",
@@ -173,6 +191,7 @@ class Measurement:
         assert self._next is not None
         record, self._next, self._trusted = self._next, None, True
         products, passes, seconds = record.pop(SPENT).tolist()
+        record.pop(ASKED, None)
         self.products = int(products)
         self._passes = self._passes_of_parts() - int(passes)
         self._started = time.perf_counter() - seconds
@@ -180,14 +199,15 @@ class Measurement:
         return {name: tensor.to(self.operator.device, copy=True) for name, tensor in record.items()}
 
     def _compare(self, record: Record, fresh: Record) -> None:
-        """Refuse a checkpoint of another matrix, of which nothing but its numbers may tell."""
+        """Refuse a checkpoint of another matrix or question, of which nothing but its numbers may tell."""
         for name, tensor in fresh.items():
-            kept = record.get(name)
+            kept, tensor = record.get(name), tensor.cpu()
             near = self.operator.domain.eps**0.5 * float(tensor.abs().max()) if tensor.numel() else 0.0
-            if kept is None or kept.shape != tensor.shape or float((kept - tensor.cpu()).abs().max()) > near:
+            if kept is None or kept.shape != tensor.shape or not float((kept - tensor).abs().max()) <= near:
+                other = f"are not those of {self.operator!r}" if name != ASKED else "are with other vectors than asked"
                 raise BadFile(
-                    f"The products in {self.run.checkpoint} are not those of {self.operator!r}.",
-                    "Ask about the same matrix to go on with it, or give another path.",
+                    f"The products in {self.run.checkpoint} {other}.",
+                    "Ask the same question about the same matrix to go on with it, or give another path.",
                 )
 
     def _passes_of_parts(self) -> int:

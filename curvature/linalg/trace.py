@@ -51,8 +51,8 @@ def trace(
 
     `control` is an operator that resembles A and whose trace is known exactly, such as `kfac(objective)` for the GGN:
     its errors on the same random vectors tell most of those of A, and are subtracted. `deflate` are pairs that `eigsh`
-    found of A before: their values are summed, and all products go to the average on the rest. Both leave the mean
-    unbiased, whatever they are.
+    found of A before: their values are summed, and all products but one go to the average on the rest; if that one
+    says that they are not pairs of A, one more for each. Both leave the mean unbiased.
 
     Hutchinson 1990; Meyer, Musco, Musco & Woodruff 2021 (arXiv:2010.09649), Hutch++; Chen & Hallman 2022
     (arXiv:2205.01736), Krylov spaces; Epperly, Tropp & Webber 2024 (arXiv:2301.07825), XTrace.

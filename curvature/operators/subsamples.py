@@ -15,15 +15,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvature.errors import BadObjective
+from curvature.errors import BadObjective, Interrupted
 from curvature.linalg.eigenpairs import Eigenpairs
-from curvature.linalg.measurement import Measurement
+from curvature.linalg.measurement import Measurement, describe
 from curvature.linalg.operator import LinearOperator
 from curvature.objective.objective import Objective
 from curvature.progress import Progress, Run
 from curvature.result import Cost, Estimate, with_error
 
 Matrix = Callable[[Objective], LinearOperator]
+
+LINEAR = ("trace", "diagonal", "block_traces")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -37,9 +39,10 @@ class Subsampled(Estimate):
     def summary(self) -> dict[str, str]:
         if self.value.ndim:
             return super().summary()
-        shares = {"of which data": self.data_stderr, "of which probes": self.probe_stderr}
         value = with_error(float(self.value), float(self.stderr))
-        return super().summary() | {self.origin.question: value} | {k: f"± {float(v):.2g}" for k, v in shares.items()}
+        data = f"± {float(self.data_stderr):.2g}" if self.data_stderr else "less than the probes show"
+        shares = {"of which data": data, "of which probes": f"± {float(self.probe_stderr):.2g}"}
+        return super().summary() | {self.origin.question: value} | shares
 
     __repr__ = Estimate.__repr__
 
@@ -55,8 +58,8 @@ def subsampled(
 ) -> Subsampled:
     """The mean over batches of `question(matrix(batch))`: `subsampled(cv.trace, cv.hessian, objective)`.
 
-    For what is linear in the data: trace, diagonal, block_traces, and moments of the first order are on average over
-    batches what they are of all data. Each batch has random vectors of its own; `options` are those of the question.
+    For what is linear in the data: trace, diagonal and block_traces are on average over batches what they are of all
+    data; ValueError for others. Each batch has random vectors of its own; `options` are those of the question.
     The error has the degrees of freedom of the number of batches, so that it takes a dozen to know it well. Raises
     BadObjective for a single batch.
     """
@@ -64,10 +67,33 @@ def subsampled(
     estimates: list[Estimate] = []
     weights, parts = _parts(objective)
     seeds = torch.randint(2**32, (len(parts),), generator=torch.Generator().manual_seed(seed)).tolist()
-    for index, (part, drawn) in enumerate(zip(parts, seeds, strict=True)):
-        own = Run(checkpoint=None if run.checkpoint is None else f"{run.checkpoint}.{index}")
-        estimates.append(question(matrix(part), seed=drawn, run=own, **options))
-        run.report(Progress("subsampled", index + 1, len(weights), "batches"))
+    described = describe(matrix(objective))
+    try:
+        for index, (part, drawn) in enumerate(zip(parts, seeds, strict=True)):
+            own = Run(checkpoint=None if run.checkpoint is None else f"{run.checkpoint}.{index}")
+            estimate = question(matrix(part), seed=drawn, run=own, **options)
+            if (asked := estimate.origin.question) not in LINEAR:
+                raise ValueError(
+                    f"A mean over batches is for {', '.join(LINEAR)}, and {asked} is not linear in the data."
+                )
+            estimates.append(estimate)
+            run.report(Progress("subsampled", index + 1, len(weights), "batches"))
+    except KeyboardInterrupt as stop:
+        if len(estimates) < 2:
+            raise KeyboardInterrupt from stop
+        result = _combined(estimates, weights[: len(estimates)], seed, options, described)
+        raise Interrupted(replace(result, complete=False)) from stop
+    return _combined(estimates, weights, seed, options, described)
+
+
+def _combined(
+    estimates: list[Estimate],
+    weights: Float[Tensor, " b"],
+    seed: int,
+    options: dict[str, Any],
+    described: dict[str, Any],
+) -> Subsampled:
+    """The mean of as many estimates as there are weights, and its errors."""
     values = torch.stack([e.value.double() for e in estimates])
     errors, floors = (
         torch.stack([torch.as_tensor(x).double().expand_as(values[0]) for x in column])
@@ -76,7 +102,6 @@ def subsampled(
     shares = (weights / weights.sum()).reshape(-1, *[1] * (values.ndim - 1))
     mean, stderr = _mean(values, shares)
     probes = (shares * errors).square().sum(0).sqrt().minimum(stderr)
-    asked = {"of": estimates[0].origin.question, **options}
     first = estimates[0].origin
     return Subsampled(
         value=mean,
@@ -88,7 +113,13 @@ def subsampled(
         floor=(shares * floors).sum(0),
         names=estimates[0].names,
         cost=_total([e.cost for e in estimates]),
-        origin=replace(first, question="subsampled", options=asked, seed=seed, operator=_described(matrix, objective)),
+        origin=replace(
+            first,
+            question="subsampled",
+            options={"of": first.question, **options},
+            seed=seed,
+            operator=described,
+        ),
     )
 
 
@@ -142,7 +173,3 @@ def _total(costs: list[Cost]) -> Cost:
         seconds=sum(cost.seconds for cost in costs),
         peak_bytes=max(cost.peak_bytes for cost in costs),
     )
-
-
-def _described(matrix: Matrix, objective: Objective) -> dict[str, Any]:
-    return Measurement(matrix(objective), "subsampled", options={}).described

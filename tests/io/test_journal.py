@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -104,18 +106,50 @@ def test_a_file_that_is_no_journal_is_refused_and_left_alone(content, tmp_path):
 
 
 def test_a_folder_is_refused(tmp_path):
-    with pytest.raises(BadFile, match="is not a checkpoint"):
+    with pytest.raises(BadFile, match="cannot be written"):
         Journal(tmp_path, HEADING)
 
 
-def test_two_processes_do_not_write_to_one_journal(tmp_path):
+def test_another_process_is_refused_while_one_writes(tmp_path):
     path = tmp_path / "j"
-    first, second = Journal(path, HEADING), Journal(path, HEADING)
-    assert first.read() is None and second.read() is None
+    first = Journal(path, HEADING)
+    code = f"from curvature.io.journal import Journal; Journal({str(path)!r}, {HEADING!r})"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert other.returncode and "Another process writes to the checkpoint" in other.stderr
+    assert first.read() is None
     first.append(RECORDS[0])
-    with pytest.raises(BadFile, match="Another process"):
-        second.append(RECORDS[1])
+    del first
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     assert len(records(path)) == 1
+
+
+def test_zeros_at_the_end_are_no_records(tmp_path):
+    path = tmp_path / "j"
+    written(path)
+    with open(path, "ab") as file:
+        file.write(bytes(4096))  # what a power cut leaves on some file systems
+    assert len(records(path)) == 3
+
+
+def test_damage_in_the_middle_is_told_and_loses_nothing(tmp_path):
+    path = tmp_path / "j"
+    written(path)
+    data = bytearray(path.read_bytes())
+    journal = Journal(path, HEADING)
+    journal.read()
+    data[journal.end - 1] ^= 1
+    del journal
+    path.write_bytes(data)
+    with pytest.raises(BadFile, match="is damaged from byte"):
+        records(path)
+    assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize("name", ["file/below", "x" * 300, "a\0b"])
+def test_a_path_that_cannot_be_written_is_refused(name, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(BadFile, match="cannot be written"):
+        Journal(tmp_path / name, HEADING)
 
 
 def test_a_full_disk_leaves_the_records_before(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import torch
 from matrices import Stopping, free, linspace, rotated
 
 import curvature as cv
+from curvature.linalg.measurement import Measurement
 
 N = 60
 MATRIX = rotated(torch.cat([linspace(-1, 2, N - 2), torch.tensor([5.0, 9.0], dtype=torch.float64)]))
@@ -112,6 +113,36 @@ def test_a_checkpoint_of_other_options_or_another_matrix_is_refused(tmp_path):
     with pytest.raises(cv.BadFile, match="are not those of <symmetric MatrixFree"):
         cv.trace(free(MATRIX + 0.1), products=20, run=run)
     assert (tmp_path / "c").read_bytes() == before
+
+
+def test_what_a_kept_state_was_made_of_is_told_apart(tmp_path):
+    A, twice = free(MATRIX), free(2 * MATRIX)
+    for name, ask in {
+        "diagonal": lambda A, run: cv.diagonal(A, method="hutchinson", products=59, run=run),
+        "eigsh": lambda A, run: cv.eigsh(A, 5, which="smallest", rtol=1e-10, run=run),
+        "functional": lambda A, run: cv.trace_of(torch.exp, A, products=59, run=run),
+    }.items():
+        run = cv.Run(checkpoint=tmp_path / name)
+        ask(A, run)
+        with pytest.raises(cv.BadFile, match="are not those of"):
+            ask(twice, run)
+    with pytest.raises(cv.BadFile, match=r"its options\.function is"):
+        cv.trace_of(torch.cos, A, products=59, run=cv.Run(checkpoint=tmp_path / "functional"))
+    run = cv.Run(checkpoint=tmp_path / "blocks")
+    cv.block_traces(A, BLOCKS, products=20, run=run)
+    with pytest.raises(cv.BadFile, match=r"its options\.blocks\.a is"):
+        cv.block_traces(A, {"a": BLOCKS["b"], "b": BLOCKS["a"]}, products=20, run=run)
+
+
+def test_products_with_other_vectors_are_not_taken(tmp_path):
+    """As of a question whose name does not tell its options."""
+    run = cv.Run(checkpoint=tmp_path / "c")
+    first, second = (Measurement(free(MATRIX), "test", options={}, run=run) for _ in range(2))
+    first.apply(torch.eye(N, dtype=torch.float64)[:2])
+    first.apply(torch.eye(N, dtype=torch.float64)[2:4])
+    second.apply(torch.eye(N, dtype=torch.float64)[:2])
+    with pytest.raises(cv.BadFile, match="are with other vectors than asked"):
+        second.apply(torch.full((2, N), 0.5, dtype=torch.float64))
 
 
 WORK = """

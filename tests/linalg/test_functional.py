@@ -149,8 +149,45 @@ def test_the_zero_matrix_has_no_ranks():
     A = free(torch.zeros(50, 50, dtype=torch.float64))
     assert float(cv.frobenius_norm(A)) == 0
     for ask in (cv.participation_ratio, cv.effective_rank):
-        with pytest.raises(ValueError, match="of a zero matrix is not defined"):
-            ask(A, products=20)
+        with pytest.raises(ValueError, match="is not a number: it is zero"):
+            ask(A, products=30)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("products", [24, 30, 100, 256])
+def test_projections_of_low_rank_are_no_trouble(products, dtype):
+    values = torch.cat([torch.ones(5, dtype=torch.float64), torch.zeros(295, dtype=torch.float64)])
+    A = free(rotated(values).to(dtype))
+    for seed in range(10):
+        estimate = cv.trace_of(torch.exp, A, products=products, seed=seed)
+        low, high = estimate.interval(0.9999)
+        assert low <= 295 + 5 * math.e <= high and (products < 100 or float(high - low) < 50)
+        assert products < 100 or 4 < float(cv.effective_rank(A, products=products, seed=seed)) < 6
+
+
+@pytest.mark.parametrize("products", [60, 150])
+def test_a_slow_logarithm_says_how_wrong_it_may_be(products):
+    """Few steps see little of six decades: what they leave out is in the interval."""
+    values = 10 ** linspace(-6, 0, 300)
+    held = 0
+    for seed in range(20):
+        low, high = cv.logdet(free(rotated(values)), products=products, seed=seed).interval()
+        held += low <= values.log().sum() <= high
+    assert held >= 18
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 20])
+@ALL
+def test_small_matrices_are_exact_or_refused(name, n):
+    ask, truth = QUESTIONS[name]
+    for products in (2, 3, n, n + 1):
+        try:
+            estimate = ask(free(rotated(VALUES[:n])), products=max(2, products))
+        except ValueError as error:
+            assert products < n and "products at least" in str(error)
+        else:
+            if products >= n:
+                torch.testing.assert_close(estimate.value, truth(VALUES[:n]), rtol=1e-10, atol=0)
 
 
 def test_moments_are_named():
@@ -161,7 +198,7 @@ def test_moments_are_named():
 def test_interrupts_return_what_there_is():
     A = free(rotated(VALUES))
     with pytest.raises(cv.Interrupted) as stop:
-        cv.frobenius_norm(A, products=150, run=cv.Run(progress=Stopping(25)))
+        cv.frobenius_norm(A, products=150, run=cv.Run(progress=Stopping(45)))
     assert not stop.value.result.complete and float(stop.value.result) == pytest.approx(float(VALUES.norm()), rel=0.1)
 
 

@@ -112,3 +112,21 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(tmp_path):
     resumed = cv.subsampled(cv.trace, cv.hessian, objective, run=cv.Run(checkpoint=path), products=8)
     whole = cv.subsampled(cv.trace, cv.hessian, objective, products=8)
     assert torch.equal(resumed.value, whole.value) and torch.equal(resumed.stderr, whole.stderr)
+
+
+def test_what_is_not_linear_in_the_data_is_refused():
+    with pytest.raises(ValueError, match="logdet is not linear in the data"):
+        cv.subsampled(cv.logdet, cv.ggn, CASE.objective(SIZES), damping=0.1)
+
+
+def test_an_interrupt_returns_the_batches_so_far():
+    seen = []
+
+    def stop(progress):
+        seen.append(progress)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(cv.Interrupted) as caught:
+        cv.subsampled(cv.trace, cv.hessian, CASE.objective(SIZES), run=cv.Run(progress=stop), products=8)
+    assert caught.value.result.samples == 3 and not caught.value.result.complete
