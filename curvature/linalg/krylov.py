@@ -1,9 +1,9 @@
 """Block Lanczos: an orthonormal basis that grows by one block a step, and the matrix projected on it.
 
 The one Lanczos of the package. All start vectors advance in lockstep, so a step is one product with a block of
-vectors (one pass over the data, however many there are); every block is orthogonalised against all before it, so no
-ghost copies of converged eigenvalues appear. Golub & Underwood 1977; Saad 2011, Numerical Methods for Large
-Eigenvalue Problems, chapter 6.
+vectors (one pass over the data, however many there are); every block is orthogonal to all before it, so no ghost
+copies of converged eigenvalues appear. Golub & Underwood 1977; Saad 2011, Numerical Methods for Large Eigenvalue
+Problems, chapter 6.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from curvature.linalg.measurement import Measurement
 from curvature.linalg.memory import need_basis
 from curvature.linalg.space import CHUNK, Space
 
+SPARED = 100.0  # times rounding: what overlaps may reach before they are removed
 BLOWN_UP = 10.0  # times rounding: what orthogonality to the basis may lose when a block is made orthonormal
 ROUNDED = 1e-6  # of the norm: as asymmetric as float64 products of models that compute parts in float32 may be
 
@@ -25,18 +26,23 @@ ROUNDED = 1e-6  # of the norm: as asymmetric as float64 products of models that 
 class Krylov:
     """Rows V, orthonormal, and T = V A V^T in float64, grown by `step`; on `device`, or where A is.
 
+    Every block is cleaned of all before it; a `sparing` one, which cannot restart, only when it must (`Overlaps`).
+
     The last `width` rows of V are the frontier: `step` multiplies them by A and leaves in `remainder` what the products
     have outside the span of V; `extend` makes it the next frontier. On the rows whose products are known,
     A V^T = V^T T + remainder^T edge, from which the residuals of all Ritz pairs follow.
     """
 
-    def __init__(self, measurement: Measurement, capacity: int, *, device: torch.device | None = None) -> None:
+    def __init__(
+        self, measurement: Measurement, capacity: int, *, device: torch.device | None = None, sparing: bool = False
+    ) -> None:
         self.measurement = measurement
         A = measurement.operator.domain
         self.space = A if device is None else Space(A.size, A.dtype, device)
         need_basis(capacity, self.space)
         self._basis = torch.empty(capacity, self.space.size, dtype=self.space.dtype, device=self.space.device)
         self._projected = torch.zeros(capacity, capacity, dtype=torch.float64, device=self.space.device)
+        self.overlaps = Overlaps(capacity, self.space) if sparing else None
         self.size = 0  # rows of the basis
         self.width = 0  # of which so many form the frontier
         self.multiplied = 0  # rows whose product with A is known: T is complete on them
@@ -79,17 +85,19 @@ class Krylov:
         """
         rows = rows / self.space.norms(rows).to(rows.dtype).unsqueeze(1)
         self._project_out(rows)
-        return self._append(rows, small=0.0)
+        return self._append(rows, small=0.0)[0]
 
     def step(self) -> bool:
         """Multiply the frontier by A and extend T; False when the basis spans an invariant subspace."""
         frontier = slice(self.size - self.width, self.size)
         rows = self.measurement.apply(self._basis[frontier].to(self.measurement.operator.device)).to(self.space.device)
         self.scale = max(self.scale, float(self.space.norms(rows).max()))
-        components = self._known(rows, frontier)
-        found = self._project_out(rows)
-        self._check_symmetry(components, found, frontier)
-        self._couple(frontier, slice(0, self.size), components + found)
+        components = self._near(rows, frontier)
+        if self._must_clean(rows, components):
+            found = self._project_out(rows)
+            self._asymmetry(found)
+            components += found
+        self._couple(frontier, slice(0, self.size), components)
         self.multiplied, self.remainder = self.size, rows
         self.edge = torch.eye(self.size, dtype=torch.float64, device=rows.device)[frontier]
         return bool(self.space.norms(rows).max() > self.rounding)
@@ -97,8 +105,8 @@ class Krylov:
     def extend(self) -> bool:
         """Make the remainder the next frontier; False when nothing of it is left."""
         block = slice(self.size - self.width, self.size)
-        fresh = self._append(self.remainder, small=self.rounding, clean=True)
-        self._couple(fresh, block, self.space.inner(self._basis[fresh], self.remainder))
+        fresh, coupling = self._append(self.remainder, small=self.rounding, clean=True)
+        self._couple(fresh, block, coupling)
         return self.width > 0
 
     def restart(
@@ -115,7 +123,7 @@ class Krylov:
         self._projected.zero_()
         self._projected[:kept, :kept] = torch.diag(values)
         self.size = self.multiplied = kept
-        frontier = self._append(self.remainder, small=self.rounding)
+        frontier, _ = self._append(self.remainder, small=self.rounding)
         if fresh is not None:
             frontier = slice(frontier.start, self.start(fresh).stop)
             self.width = frontier.stop - frontier.start
@@ -156,50 +164,72 @@ class Krylov:
         """Norms up to this are rounding."""
         return self.space.rounding(self.scale)
 
-    def _append(self, rows: Tensor, *, small: float, clean: bool = False) -> slice:
-        """Append what `rows` span, beyond `small`, as the frontier; returns where it lies.
+    def _append(self, rows: Tensor, *, small: float, clean: bool = False) -> tuple[slice, Tensor]:
+        """Append what `rows` span, beyond `small`, as the frontier; returns where it lies, and its products with them.
 
         `rows` have been cleaned of the basis once; the second time ("twice is enough", Giraud et al. 2005) comes after
         they were normalised, so that it also removes what cancellation has blown up. Where they are `clean` to rounding
         that is nothing unless they are nearly dependent.
         """
         fresh = self.space.orthonormal(rows, small=small)
-        if not clean or len(fresh) < len(rows) or _condition(self.space.inner(fresh, rows)) > BLOWN_UP:
+        coupling = self.space.inner(fresh, rows)
+        clean = clean and len(fresh) == len(rows) and _condition(coupling) <= BLOWN_UP
+        if not clean:
             self._project_out(fresh)
             fresh = self.space.orthonormal(fresh)
-        fresh = fresh[: self.capacity - self.size]
-        place = slice(self.size, self.size + len(fresh))
-        self._basis[place] = fresh
-        self.size, self.width = place.stop, len(fresh)
-        return place
+            coupling = self.space.inner(fresh, rows)
+        place = slice(self.size, min(self.size + len(fresh), self.capacity))
+        self.width = place.stop - place.start
+        self._basis[place] = fresh[: self.width]
+        if self.overlaps is not None:
+            self.overlaps.append(place, coupling if clean else None)
+        self.size = place.stop
+        return place, coupling[: self.width]
 
-    def _known(self, rows: Tensor, frontier: slice) -> Float[Tensor, "k d"]:
-        """Remove from the products with the frontier, in place, what they must have of the basis; returns that.
+    def _near(self, rows: Tensor, frontier: slice) -> Float[Tensor, "k d"]:
+        """Remove from the products with the frontier, in place, what they have of it and of the rows T couples it to;
+        returns that.
 
-        T is symmetric: it says from earlier steps, of all rows but the frontier itself, and is zero for most of them.
+        T is symmetric, so it says the latter from earlier steps: what is found beside it is noise.
         """
         components = self._projected[frontier, : self.size].clone()
-        near = components.any(0).nonzero().flatten().tolist()
-        if near:
-            some = slice(near[0], near[-1] + 1)
-            rows -= self.space.combine(components[:, some], self._basis[some])
-        components[:, frontier] = self.space.inner(rows, self._basis[frontier])
-        rows -= self.space.combine(components[:, frontier], self._basis[frontier])
+        near, count = slice(_first(components, frontier.start), self.size), len(rows)
+        basis = self._basis[near]
+        self.space.subtract(rows, components[:, near], basis)
+        found = self.space.inner(rows, basis)
+        self.space.subtract(rows, found, basis)
+        square = found[:, -count:]
+        self.noise = max(self.noise, self._asymmetry(found[:, :-count]), self._asymmetry(square - square.T))
+        rest = self.space.roughly(rows, basis)  # a second time, of what may be rounding of all that was removed
+        self.space.subtract(rows, rest, basis)
+        components[:, near] += found + rest
         return components
+
+    def _must_clean(self, rows: Tensor, components: Tensor) -> bool:
+        if self.overlaps is None:
+            return True
+        far = slice(0, _first(components, self.size - self.width))
+        added = max(self.noise, self.space.eps * self.scale / self.space.size**0.5)
+        T = self._projected[: self.size, : self.size]
+        return self.overlaps.excessive(components, T, far, added, self.space.norms(rows))
+
+    def _asymmetry(self, differences: Tensor) -> float:
+        """The largest of these |u.Av - v.Au|; refuses what is no rounding."""
+        largest = float(differences.abs().amax()) if differences.numel() else 0.0
+        check_symmetry(largest, self.scale, self.space)
+        return largest
 
     def _project_out(self, rows: Tensor) -> Float[Tensor, "k d"]:
         """Remove from `rows`, in place, their components in the basis; returns the components.
 
         A second time where the first leaves less than half of them, which may then be rounding of what was removed.
-        They need not be exact: T is to rounding if the basis is orthogonal to its root (Simon 1984, Linear Algebra
-        Appl. 61).
         """
         basis = self._basis[: self.size]
         total = torch.zeros(len(rows), self.size, dtype=torch.float64, device=rows.device)
         for _ in range(2):
             lengths = self.space.norms(rows)
             components = self.space.roughly(rows, basis)
-            rows -= self.space.combine(components, basis)
+            self.space.subtract(rows, components, basis)
             total += components
             if bool((self.space.norms(rows) >= lengths / 2).all()):
                 break
@@ -209,12 +239,48 @@ class Krylov:
         self._projected[rows, columns] = coupling
         self._projected[columns, rows] = coupling.T
 
-    def _check_symmetry(self, known: Tensor, found: Tensor, frontier: slice) -> None:
-        """`found` are the components of the products in the basis beside those that a symmetric T says."""
-        square = known[:, frontier]
-        asymmetry = max(float(found.abs().max()), float((square - square.T).abs().max()))
-        self.noise = max(self.noise, asymmetry)
-        check_symmetry(asymmetry, self.scale, self.space)
+
+class Overlaps:
+    """What the rows of a basis have of each other, about: whether a remainder must be cleaned of them.
+
+    Of rows far back it has what its two blocks have of the products of those with A, which T says, and what rounding
+    adds. T is exact, as the matrix on an orthonormal basis of the same space, as long as the overlaps stay below the
+    root of rounding. Simon 1984 (Math. Comp. 42); Grimes, Lewis & Simon 1994 (SIAM J. Matrix Anal. Appl. 15).
+    """
+
+    def __init__(self, capacity: int, space: Space) -> None:
+        self.rounding = space.eps
+        self.limit = min(SPARED * space.eps, space.eps**0.5)
+        self.gram = torch.eye(capacity, dtype=torch.float64, device=space.device)
+        self.remainder = self.gram[:0]
+        self.again = False  # two in a row are cleaned, as the one after comes of both
+
+    def excessive(self, components: Tensor, T: Tensor, far: slice, added: float, lengths: Tensor) -> bool:
+        """Whether the remainder that has these lengths must be cleaned; it is taken to have been then."""
+        count, size = components.shape
+        gram = self.gram[:size, :size]
+        back = gram[-count:] @ T[:, far] - components @ gram[:, far]
+        back += torch.copysign(back.new_tensor(added), back)
+        first = not self.again and bool((back.abs() > self.limit * lengths.unsqueeze(1)).any())
+        clean, self.again = first or self.again, first
+        self.remainder = gram.new_zeros(count, size)
+        self.remainder[:, far] = self.rounding * lengths.unsqueeze(1) if clean else back
+        return clean
+
+    def append(self, place: slice, coupling: Tensor | None) -> None:
+        """Take over new rows: the remainder is `coupling`^T times those, or they were cleaned on their own."""
+        count, before = place.stop - place.start, slice(0, place.start)
+        if coupling is None:
+            rows = self.gram.new_full((count, place.start), self.rounding)
+        else:
+            rows = torch.linalg.solve(coupling.T, self.remainder)[:count]
+        self.gram[place, before], self.gram[before, place] = rows, rows.T
+
+
+def _first(components: Tensor, default: int) -> int:
+    """The first column that is not zero."""
+    columns = components.any(0).nonzero()
+    return int(columns[0]) if len(columns) else default
 
 
 def _condition(matrix: Tensor) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor
 Kind = Literal["signs", "normal", "sphere"]
 
 CHUNK = 1 << 16  # columns upcast at a time: 64 rows of float64 then stay within 32 MiB
+CACHED = 1 << 18  # entries upcast at a time on a CPU: they stay in its cache, 2.5 times as fast
 PIECE = 1 << 19  # of one row: upcast whole, as vector_norm does, a row of millions costs seven times as much
 
 
@@ -33,9 +34,11 @@ class Space:
         if u.dtype == torch.float64:
             return u @ v.T
         total = torch.zeros(len(u), len(v), dtype=torch.float64, device=u.device)
-        for start in range(0, self.size, CHUNK):
-            piece = slice(start, start + CHUNK)
-            total += u[:, piece].double() @ v[:, piece].double().T
+        columns = CHUNK if u.is_cuda else min(CHUNK // 2, max(CHUNK // 16, CACHED // max(1, len(u) + len(v))))
+        for start in range(0, self.size, columns):
+            piece = slice(start, start + columns)
+            left = u[:, piece].double()
+            total += left @ (left if v is u else v[:, piece].double()).T
         return total
 
     def roughly(self, u: Float[Tensor, "k n"], v: Float[Tensor, "l n"]) -> Float[Tensor, "k l"]:
@@ -67,12 +70,23 @@ class Space:
         """The linear combinations sum_j coefficients[i, j] rows[j], in the dtype of the rows."""
         return coefficients.to(rows.dtype) @ rows
 
+    def subtract(self, u: Float[Tensor, "k n"], coefficients: Float[Tensor, "k l"], v: Float[Tensor, "l n"]) -> None:
+        """Take `combine(coefficients, v)` from u, in place."""
+        u.addmm_(coefficients.to(u.dtype), v, alpha=-1)
+
     def orthonormal(self, rows: Float[Tensor, "k n"], *, small: float = 0.0) -> Float[Tensor, "r n"]:
         """Orthonormal rows with the span of the given ones; what is at most `small` long beyond it is dropped.
 
-        Row after row, each cleaned twice of those before it: in a block of nearly dependent vectors a factorisation
-        without pivoting would return directions outside the span.
+        By the Cholesky factor of the Gram matrix, twice (Yamamoto et al. 2015, ETNA 44), where every row has a tenth of
+        its length beyond those before it. Else row after row, each cleaned twice of those before it: in a block of
+        nearly dependent vectors a factorisation without pivoting would return directions outside the span.
         """
+        factor = self._factor(rows, max(small, float(torch.finfo(self.dtype).tiny)))
+        if factor is not None:
+            rows = self.combine(torch.linalg.inv(factor), rows)
+            factor = self._factor(rows, 0.0)
+            if factor is not None:
+                return self.combine(torch.linalg.inv(factor), rows)
         kept = torch.empty_like(rows)
         count = 0
         for row in rows:
@@ -87,6 +101,14 @@ class Space:
                 kept[count] = fresh[0] / length
                 count += 1
         return kept[:count]
+
+    def _factor(self, rows: Float[Tensor, "k n"], small: float) -> Float[Tensor, "k k"] | None:
+        """The Cholesky factor of their Gram matrix; None where a row has too little beyond those before it."""
+        gram = self.inner(rows, rows)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        beyond = factor.diagonal()
+        fine = (failed == 0) & (beyond > gram.diagonal().sqrt() / 10).all() & (beyond > small).all()
+        return factor if bool(fine) else None
 
     def draw(self, count: int, *, seed: int, kind: Kind = "signs") -> Float[Tensor, "count n"]:
         """The first `count` vectors of `draws`, as rows."""

@@ -251,9 +251,9 @@ def _kept(measurement: Measurement, probes: int, steps: int, keep: Keep) -> Kryl
     capacity = min(probes * steps, measurement.operator.shape[0])
     match keep:
         case "device":
-            return Krylov(measurement, capacity)
+            return Krylov(measurement, capacity, sparing=True)
         case "main":
-            return Krylov(measurement, capacity, device=torch.device("cpu"))
+            return Krylov(measurement, capacity, device=torch.device("cpu"), sparing=True)
         case "nowhere":
             return Recurrence(measurement, probes)
         case _:
