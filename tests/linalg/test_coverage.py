@@ -212,6 +212,8 @@ def test_coverage_table():
         if found is not None
     ]
     FIGURES.parent.mkdir(parents=True, exist_ok=True)
-    FIGURES.write_text(json.dumps({"level": LEVEL, "cells": table}, indent=1))
+    short = [{key: float(f"{x:.4g}") if isinstance(x, float) else x for key, x in row.items()} for row in table]
+    rows = ",\n".join(json.dumps(row) for row in short)
+    FIGURES.write_text(f'{{"level": {LEVEL}, "cells": [\n{rows}\n]}}\n')
     wrong = [row for row in table if not holds(row, row["seeds"])]
     assert not wrong, json.dumps(wrong, indent=1)
