@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,7 +20,6 @@ Seed = Annotated[int, Parameter(validator=Number(gte=0, lt=2**63), group=NUMBERS
 Tolerance = Annotated[float, Parameter(validator=Number(gt=0, lt=1), group=NUMBERS)]
 
 By = Annotated[Literal["layer", "parameter"] | None, Parameter(group=NUMBERS)]
-Amount = Annotated[float, Parameter(validator=Number(gt=0), group=NUMBERS)]
 
 
 class Misuse(Exception):
@@ -75,6 +75,25 @@ class Task:
     "Run code that the model file brings along (pickled modules, TorchScript, .pt2)."
     allow_global: Annotated[tuple[str, ...], Parameter(group=SAFETY, negative=(), show_default=False)] = ()
     "A class that may be unpickled although it is not on torch's safe list; may be repeated."
+
+
+@Parameter(name="*", group=NUMBERS)
+@dataclass(frozen=True)
+class Goal:
+    """When an estimate is good enough."""
+
+    products: Annotated[int, Parameter(validator=Number(gte=1))] = 32
+    "Products with the matrix to spend: more make the error bars smaller."
+    rtol: Annotated[float | None, Parameter(validator=Number(gt=0, lt=1))] = None
+    "Go on until the half-width of the interval (the norm of all) is this small, relative to the result, instead."
+    atol: Annotated[float | None, Parameter(validator=Number(gt=0))] = None
+    "The same, absolutely."
+    level: Annotated[float, Parameter(validator=Number(gt=0, lt=1))] = 0.95
+    "Of the interval."
+    max_products: Annotated[int, Parameter(validator=Number(gte=1))] = 10_000
+    "Where to stop without having reached --rtol or --atol."
+    max_seconds: Annotated[float, Parameter(validator=Number(gt=0))] = math.inf
+    "The same in time."
 
 
 @Parameter(name="*", group=OUTPUT)

@@ -24,6 +24,7 @@ from curvature.progress import Run
 from curvature.result import Estimate
 
 DiagonalMethod = Literal["auto", "hutchinson", "xdiag"]
+ROUNDING = 10  # times eps: what products may be off by, relative to themselves
 
 
 def diagonal(
@@ -194,7 +195,8 @@ class _Averaged:
     def estimate(self) -> Estimate:
         """What all vectors so far amount to."""
         count, mean, stderr = self.moments.count, self.moments.mean.clone(), self.moments.stderr
-        return self.measurement.estimate(mean, stderr, samples=count, dof=count - 1, floor=0.0)
+        floor = ROUNDING * self.measurement.operator.domain.eps * mean.abs()
+        return self.measurement.estimate(mean, stderr, samples=count, dof=count - 1, floor=floor)
 
     def _products(self, rows: Float[Tensor, "k n"]) -> dict[str, Tensor]:
         vectors = rows * self.measurement.apply(rows)
@@ -221,7 +223,7 @@ class _LeftOut:
         inside = (sketch.basis.double() * sketch.products.double()).sum(0)
         S, moments = sketch.left_out(sketch.factor), _Moments(self.sums.size, space.device)
         if S is None:  # the sketch has all of the range
-            floor = 10 * space.eps * float(space.norms(sketch.images).max())
+            floor = ROUNDING * space.eps * float(space.norms(sketch.images).max())
             return sketch.measurement.exact(self.sums(inside), floor=floor)
         T = space.inner(sketch.products, sketch.probes)
         for i, (probe, image) in enumerate(zip(sketch.probes, sketch.images, strict=True)):
@@ -233,6 +235,7 @@ class _LeftOut:
             rest = image.double() - seen + out * float(s @ t)
             moments.add(self.sums(inside - out * through + probe.double() * rest))
         spread = sketch.inflation * moments.stderr
+        floor = ROUNDING * space.eps * moments.mean.abs()
         return sketch.measurement.estimate(
-            moments.mean, spread, samples=moments.count, dof=moments.count - 1, floor=0.0
+            moments.mean, spread, samples=moments.count, dof=moments.count - 1, floor=floor
         )

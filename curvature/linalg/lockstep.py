@@ -58,7 +58,7 @@ class Lockstep:
         self.stop: type[BaseException] | None = None  # what is raised in all threads
 
     def run(self, question: Callable[[LinearOperator, Run], R]) -> dict[str, R]:
-        """The answers by block; of an interrupt, those so far."""
+        """The answers by block; of an interrupt those of all that have one by then."""
         A = self.measurement.operator
         threads = [
             threading.Thread(
@@ -75,7 +75,7 @@ class Lockstep:
                 self._multiply()
         except BaseException as error:
             self._abandon(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else _Abandoned, threads)
-            if not isinstance(error, KeyboardInterrupt) or len(self.results) < len(self.places):
+            if not isinstance(error, KeyboardInterrupt) or not self.results:
                 raise
             raise Interrupted(self._ordered()) from error
         self._abandon(_Abandoned, threads)
@@ -84,7 +84,7 @@ class Lockstep:
         return self._ordered()
 
     def _ordered(self) -> dict[str, Any]:
-        return {name: self.results[name] for name in self.places}
+        return {name: self.results[name] for name in self.places if name in self.results}
 
     def _work(self, name: str, block: Block, question: Callable[[LinearOperator, Run], Result]) -> None:
         torch.set_num_threads(torch.get_num_threads())  # OpenMP counts them for each thread

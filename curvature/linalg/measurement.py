@@ -140,7 +140,7 @@ class Measurement:
             stderr=stderr.double().cpu(),
             samples=samples,
             dof=dof,
-            floor=floor,
+            floor=floor.cpu() if isinstance(floor, Tensor) else floor,
             cost=self.cost,
             origin=self.origin,
         )

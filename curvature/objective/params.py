@@ -58,6 +58,8 @@ class ParamSpace(Space):
         """The names of the parameters of each; `root` is what the module itself is called, which has no name."""
         groups: dict[str, list[str]] = {}
         if isinstance(by, Mapping):
+            if not by:
+                raise ValueError("by names no group.")
             matches = {group: predicate(globs) for group, globs in by.items()}
             for group, match in matches.items():
                 groups[group] = [name for name in self.names if match(name, None)]

@@ -411,6 +411,12 @@ def test_compiled_files_need_trust_and_have_the_spectrum_of_the_eager_model(curv
     assert parsed(said.out)["nodes"] == pytest.approx(parsed(eager.out)["nodes"], rel=1e-4, abs=1e-6)
 
 
+def test_eigenvalues_of_layers_with_fewer_than_k(curv, task):
+    said = curv("eig", *OBJECTIVE, "--by", "parameter", "-k", 4, "--format", "json")
+    sizes = [min(4, p.numel()) for p in task.stock().parameters()]
+    assert [len(pairs["values"]) for pairs in parsed(said.out)["results"]] == sizes and min(sizes) < 4
+
+
 def test_a_hugging_face_folder(curv, folder):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

@@ -149,3 +149,10 @@ def test_a_result_is_saved_and_loaded(tmp_path):
 def test_options_without_sense_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         cv.diagonal(free(rotated(SPECTRA["flat"])), **options)
+
+
+def test_rounding_that_no_repetition_shows_is_in_the_interval():
+    values = linspace(1, 2, 200)
+    A = cv.MatrixFree(lambda rows: (rows.double() * values).float(), cv.Space(200), symmetric=True)
+    low, high = cv.diagonal(A, products=8, method="hutchinson").interval(0.95)
+    assert ((low <= values) & (values <= high)).all()

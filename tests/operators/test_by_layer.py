@@ -121,6 +121,22 @@ def test_an_interrupt_returns_what_every_layer_has(objective):
     assert seen[-1].question == "by_layer" and 0 < seen[-1].done < seen[-1].total
 
 
+def test_an_interrupt_keeps_the_layers_that_have_something(objective):
+    def ask(block, run):
+        if block.shape[0] > 20:
+            return cv.spectral_density(block, probes=2, steps=30, run=run)
+        return cv.eigsh(block, 15, block=1, run=run)  # has nothing before there are as many directions
+
+    def stop(progress):
+        if progress.done > 4:
+            raise KeyboardInterrupt
+
+    large = {name for name, place in objective.space.places().items() if len(place) > 20}
+    with pytest.raises(cv.Interrupted) as caught:
+        cv.by_layer(ask, cv.hessian(objective), run=cv.Run(progress=stop))
+    assert 0 < len(large) < len(objective.space.places()) and set(caught.value.result) == large
+
+
 def test_a_run_that_was_killed_goes_on_with_the_same_bits(objective, tmp_path):
     H, left = cv.hessian(objective), 5
 
@@ -161,5 +177,7 @@ def test_what_is_no_matrix_of_a_model_is_refused():
 def test_groups_without_parameters_are_refused(objective):
     with pytest.raises(cv.BadObjective, match=r"No trainable parameter matches 'nothing\.\*'"):
         cv.by_layer(cv.trace, cv.hessian(objective), by={"a": "nothing.*"})
+    with pytest.raises(ValueError, match="by names no group"):
+        cv.by_layer(cv.trace, cv.hessian(objective), by={})
     with pytest.raises(ValueError, match="by is 'layer'"):
         objective.space.places("module")
