@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, partial
 from itertools import count
 from typing import Any, Literal
@@ -31,7 +31,7 @@ class Batches:
     refused by Objective.check.
     """
 
-    source: Iterable[Any]
+    source: Iterable[Any] = field(repr=False)
     fixed: bool = False
     seed: int = 0
     cut: bool = False
