@@ -22,10 +22,13 @@ from curvature.linalg.functional import trace_of as trace_of
 from curvature.linalg.functions import eigenvalues as eigenvalues
 from curvature.linalg.functions import inverse as inverse
 from curvature.linalg.functions import power as power
+from curvature.linalg.lowrank import nystrom as nystrom
 from curvature.linalg.operator import Identity as Identity
 from curvature.linalg.operator import LinearOperator as LinearOperator
 from curvature.linalg.operator import MatrixFree as MatrixFree
 from curvature.linalg.operator import identity as identity
+from curvature.linalg.solve import Solution as Solution
+from curvature.linalg.solve import solve as solve
 from curvature.linalg.space import Space as Space
 from curvature.linalg.spectrum import SpectralDensity as SpectralDensity
 from curvature.linalg.spectrum import spectral_density as spectral_density
@@ -33,6 +36,7 @@ from curvature.linalg.structured import BlockDiagonal as BlockDiagonal
 from curvature.linalg.structured import Dense as Dense
 from curvature.linalg.structured import Diagonal as Diagonal
 from curvature.linalg.structured import Kronecker as Kronecker
+from curvature.linalg.structured import LowRank as LowRank
 from curvature.linalg.structured import Spectral as Spectral
 from curvature.linalg.trace import trace as trace
 from curvature.objective.losses import Likelihood as Likelihood

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from curvature.linalg.measurement import describe
 from curvature.linalg.operator import Identity, LinearOperator, Scaled, Sum
-from curvature.linalg.structured import BlockDiagonal, Dense, Diagonal, Kronecker, Spectral
+from curvature.linalg.structured import BlockDiagonal, Dense, Diagonal, Kronecker, LowRank, Spectral
 
 
 def power(A: LinearOperator, exponent: float, *, damping: float = 0.0) -> LinearOperator:
     """(A + damping I)^exponent for symmetric A of known structure, as an operator of the same structure.
 
-    A is made of Dense, Diagonal, Kronecker, Spectral and BlockDiagonal, scaled or plus multiples of the identity.
-    Raises ValueError where an eigenvalue has no such power: zero with a negative exponent, or a negative one with a
-    fraction.
+    A is made of Dense, Diagonal, Kronecker, Spectral, LowRank and BlockDiagonal, scaled or plus multiples of the
+    identity. Raises ValueError where an eigenvalue has no such power: zero with a negative exponent, or a negative one
+    with a fraction.
 
     >>> power(Diagonal(torch.tensor([4.0, 9.0])), 0.5).entries
     tensor([2., 3.])
@@ -62,6 +62,9 @@ def mapped(A: LinearOperator, function: Callable[[Tensor], Tensor]) -> LinearOpe
             return mapped(A.spectral, function)
         case Dense() if A.symmetric:
             return mapped(A.spectral, function)
+        case LowRank():
+            shift = function(torch.full((1,), A.shift, dtype=torch.float64, device=A.device))
+            return LowRank(function(A.values + A.shift) - shift, A.vectors, shift=float(shift))
         case BlockDiagonal():
             blocks = {name: mapped(block, function) for name, block in A.blocks.items()}
             return BlockDiagonal(blocks, A.places, A.domain)
@@ -96,6 +99,9 @@ def _collected(A: LinearOperator) -> Tensor:
             return A.entries
         case Spectral():
             return A.values.reshape(-1)
+        case LowRank():
+            others = A.values.new_full((A.shape[0] - len(A.values),), A.shift)
+            return torch.cat([A.values + A.shift, others])
         case _:
             return torch.cat([_collected(block) for block in A.parts])
 

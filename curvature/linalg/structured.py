@@ -120,6 +120,31 @@ class Spectral(LinearOperator):
         return (X if self.V is None else X @ self.V.mT).reshape(rows.shape)
 
 
+class LowRank(LinearOperator):
+    """vectors^T diag(values) vectors + shift I, with orthonormal rows `vectors` (r, n) and `values` (r,)."""
+
+    symmetric = True
+
+    def __init__(
+        self,
+        values: Float[Tensor, " r"],
+        vectors: Float[Tensor, "r n"],
+        *,
+        shift: float = 0.0,
+        source: Mapping[str, Any] | None = None,
+    ) -> None:
+        if values.ndim != 1 or vectors.ndim != 2 or len(values) != len(vectors):
+            raise TypeError(f"LowRank takes as many values as vectors, but got {values.shape} and {vectors.shape}.")
+        self.values, self.vectors, self.shift = values.double(), vectors, shift
+        self.psd = shift >= 0 and bool((self.values + shift >= 0).all())
+        self.domain = self.codomain = Space(vectors.shape[1], vectors.dtype, vectors.device)
+        self.source = source or {"operator": "LowRank", "rank": len(values)}
+
+    def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
+        inside = self.domain.inner(rows, self.vectors) * self.values
+        return self.domain.combine(inside, self.vectors) + self.shift * rows
+
+
 class BlockDiagonal(LinearOperator):
     """Operators on disjoint sets of coordinates that together are all; zero between them.
 
@@ -181,6 +206,8 @@ def known_trace(A: LinearOperator) -> Tensor | None:
             return (_traces(A.left) * _traces(A.right)).sum()
         case Spectral():
             return A.values.double().sum()
+        case LowRank():
+            return A.values.sum() + A.shift * A.shape[0]
         case BlockDiagonal() | Sum():
             traces = [known_trace(part) for part in A.parts]
             return sum((t for t in traces if t is not None), torch.zeros(())) if None not in traces else None
@@ -210,6 +237,9 @@ def known_diagonal(A: LinearOperator) -> Float[Tensor, " n"] | None:
         case Spectral():
             values = A.values.double() if A.U is None else A.U.double().square() @ A.values.double()
             return (values if A.V is None else values @ A.V.double().square().mT).reshape(-1)
+        case LowRank():
+            squares = (value * row.double().square() for value, row in zip(A.values, A.vectors, strict=True))
+            return sum(squares, torch.full((A.shape[0],), A.shift, dtype=torch.float64, device=A.device))
         case BlockDiagonal():
             entries = torch.empty(A.shape[0], dtype=torch.float64, device=A.device)
             for name, block in A.blocks.items():
