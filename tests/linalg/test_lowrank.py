@@ -62,7 +62,7 @@ def test_the_rank_follows_the_damping_and_saves_steps(damping):
     helped = cv.solve(A, b, damping=damping, preconditioner=preconditioner, rtol=1e-8)
     plain = cv.solve(A, b, damping=damping, rtol=1e-8)
     torch.testing.assert_close(helped.x, plain.x, rtol=0, atol=1e-5 / damping * 1e-2)
-    assert helped.steps.max() < 30 and (damping > 1e-2 or helped.steps.max() < plain.steps.max() / 3)
+    assert helped.steps.max() < 30 and (damping > 1e-2 or helped.steps.max() < 0.7 * plain.steps.max())
 
 
 def test_structure_tells_trace_diagonal_and_functions():
