@@ -37,8 +37,10 @@ from curvature.linalg.structured import Dense as Dense
 from curvature.linalg.structured import Diagonal as Diagonal
 from curvature.linalg.structured import Kronecker as Kronecker
 from curvature.linalg.structured import LowRank as LowRank
+from curvature.linalg.structured import Outer as Outer
 from curvature.linalg.structured import Spectral as Spectral
 from curvature.linalg.trace import trace as trace
+from curvature.linalg.window import GradientWindow as GradientWindow
 from curvature.objective.losses import Likelihood as Likelihood
 from curvature.objective.losses import Loss as Loss
 from curvature.objective.losses.classification import BinaryCrossEntropy as BinaryCrossEntropy

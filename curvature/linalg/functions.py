@@ -13,15 +13,15 @@ from torch import Tensor
 
 from curvature.linalg.measurement import describe
 from curvature.linalg.operator import Identity, LinearOperator, Scaled, Sum
-from curvature.linalg.structured import BlockDiagonal, Dense, Diagonal, Kronecker, LowRank, Spectral
+from curvature.linalg.structured import BlockDiagonal, Dense, Diagonal, Kronecker, LowRank, Outer, Spectral
 
 
 def power(A: LinearOperator, exponent: float, *, damping: float = 0.0) -> LinearOperator:
     """(A + damping I)^exponent for symmetric A of known structure, as an operator of the same structure.
 
-    A is made of Dense, Diagonal, Kronecker, Spectral, LowRank and BlockDiagonal, scaled or plus multiples of the
-    identity. Raises ValueError where an eigenvalue has no such power: zero with a negative exponent, or a negative one
-    with a fraction.
+    A is made of Dense, Diagonal, Kronecker, Spectral, LowRank, Outer and BlockDiagonal, scaled or plus multiples of
+    the identity. Raises ValueError where an eigenvalue has no such power: zero with a negative exponent, or a negative
+    one with a fraction.
 
     >>> power(Diagonal(torch.tensor([4.0, 9.0])), 0.5).entries
     tensor([2., 3.])
@@ -37,11 +37,19 @@ def power(A: LinearOperator, exponent: float, *, damping: float = 0.0) -> Linear
 
 
 def inverse(A: LinearOperator, *, damping: float = 0.0) -> LinearOperator:
-    """(A + damping I)^-1, exact, for symmetric A of known structure: see `power`.
+    """(A + damping I)^-1, exact, for symmetric A of known structure: see `power`; and for Outer.
 
     Damping is added to the eigenvalues themselves, not to the factors of Kronecker products.
     """
-    return power(A, -1, damping=damping)
+    match A:
+        case Outer():
+            return A.inverse(damping)
+        case BlockDiagonal():
+            blocks = {name: inverse(block, damping=damping) for name, block in A.blocks.items()}
+            source = {"operator": "power", "exponent": -1, "damping": damping, "of": describe(A)}
+            return BlockDiagonal(blocks, A.places, A.domain, source=source)
+        case _:
+            return power(A, -1, damping=damping)
 
 
 def eigenvalues(A: LinearOperator) -> Float[Tensor, " n"]:
@@ -61,6 +69,8 @@ def mapped(A: LinearOperator, function: Callable[[Tensor], Tensor]) -> LinearOpe
         case Kronecker():
             return mapped(A.spectral, function)
         case Dense() if A.symmetric:
+            return mapped(A.spectral, function)
+        case Outer():
             return mapped(A.spectral, function)
         case LowRank():
             shift = function(torch.full((1,), A.shift, dtype=torch.float64, device=A.device))

@@ -13,6 +13,8 @@ from torch import Tensor
 from curvature.linalg.operator import Identity, LinearOperator, Scaled, Sum
 from curvature.linalg.space import Space
 
+COLUMNS = 1 << 16  # upcast at a time
+
 
 class Dense(LinearOperator):
     """A matrix that is held whole.
@@ -145,6 +147,70 @@ class LowRank(LinearOperator):
         return self.domain.combine(inside, self.vectors) + self.shift * rows
 
 
+class Outer(LinearOperator):
+    """rows^T core rows + shift I for any rows (r, n) and a symmetric core (r, r): a sum of outer products.
+
+    Its inverse is of the same form (Woodbury 1950), so that one of m gradients is inverted in O(m^2 n) and applied in
+    O(m n). `gram` = rows rows^T in float64, where it is known. `psd` is taken on trust.
+    """
+
+    symmetric = True
+
+    def __init__(
+        self,
+        rows: Float[Tensor, "r n"],
+        core: Float[Tensor, "r r"],
+        *,
+        shift: float = 0.0,
+        gram: Float[Tensor, "r r"] | None = None,
+        space: Space | None = None,
+        psd: bool = False,
+        source: Mapping[str, Any] | None = None,
+    ) -> None:
+        if rows.ndim != 2 or core.shape != (len(rows), len(rows)):
+            raise TypeError(f"Outer takes rows (r, n) and a core (r, r), but got {rows.shape} and {core.shape}.")
+        self.rows, self.core, self.shift, self.psd = rows, core.double(), shift, psd
+        self.domain = self.codomain = space or Space(rows.shape[1], rows.dtype, rows.device)
+        self.gram = self.domain.inner(rows, rows) if gram is None else gram
+        self.source = source or {"operator": "Outer", "rank": len(rows)}
+
+    def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
+        inside = self.domain.inner(rows, self.rows) @ self.core
+        return self.domain.combine(inside, self.rows) + self.shift * rows
+
+    def entries(self, i: Tensor, j: Tensor) -> Float[Tensor, " e"]:
+        """The entries (i, j) for indices (e,) of rows and columns, each from r numbers."""
+        left, right = self.rows[:, i].double(), self.rows[:, j].double()
+        return ((self.core @ left) * right).sum(0) + self.shift * (i == j)
+
+    @cached_property
+    def spectral(self) -> LowRank:
+        """The same matrix by its eigenvalues."""
+        squares, turn = torch.linalg.eigh(self.gram)
+        kept = squares > self.domain.eps * squares.max().clamp(min=0)
+        lengths, turn = squares[kept].sqrt(), turn[:, kept]
+        left = turn * lengths  # core in the orthonormal basis of the rows is left^T core left
+        values, vectors = torch.linalg.eigh(left.T @ self.core @ left)
+        rows = self.domain.combine((turn / lengths @ vectors).T, self.rows)
+        return LowRank(values, self.domain.orthonormal(rows), shift=self.shift)
+
+    def inverse(self, damping: float) -> Outer:
+        """(self + damping I)^-1."""
+        shift, one = self.shift + damping, torch.eye(len(self.rows), dtype=torch.float64, device=self.rows.device)
+        if shift == 0:
+            raise ValueError("A sum of fewer outer products than rows has an eigenvalue 0. Add damping.")
+        core = torch.linalg.solve(one + self.core @ self.gram / shift, self.core) / -(shift**2)
+        return Outer(
+            self.rows,
+            (core + core.T) / 2,
+            shift=1 / shift,
+            gram=self.gram,
+            space=self.domain,
+            psd=self.psd and shift > 0,
+            source={"operator": "inverse", "damping": damping, "of": dict(self.source)},
+        )
+
+
 class BlockDiagonal(LinearOperator):
     """Operators on disjoint sets of coordinates that together are all; zero between them.
 
@@ -208,6 +274,8 @@ def known_trace(A: LinearOperator) -> Tensor | None:
             return A.values.double().sum()
         case LowRank():
             return A.values.sum() + A.shift * A.shape[0]
+        case Outer():
+            return (A.core * A.gram).sum() + A.shift * A.shape[0]
         case BlockDiagonal() | Sum():
             traces = [known_trace(part) for part in A.parts]
             return sum((t for t in traces if t is not None), torch.zeros(())) if None not in traces else None
@@ -237,6 +305,10 @@ def known_diagonal(A: LinearOperator) -> Float[Tensor, " n"] | None:
         case Spectral():
             values = A.values.double() if A.U is None else A.U.double().square() @ A.values.double()
             return (values if A.V is None else values @ A.V.double().square().mT).reshape(-1)
+        case Outer():
+            return torch.cat(
+                [(A.core @ some * some).sum(0) + A.shift for some in (c.double() for c in A.rows.split(COLUMNS, dim=1))]
+            )
         case LowRank():
             squares = (value * row.double().square() for value, row in zip(A.values, A.vectors, strict=True))
             return sum(squares, torch.full((A.shape[0],), A.shift, dtype=torch.float64, device=A.device))
