@@ -73,8 +73,10 @@ def mapped(A: LinearOperator, function: Callable[[Tensor], Tensor]) -> LinearOpe
         case Outer():
             return mapped(A.spectral, function)
         case LowRank():
-            shift = function(torch.full((1,), A.shift, dtype=torch.float64, device=A.device))
-            return LowRank(function(A.values + A.shift) - shift, A.vectors, shift=float(shift))
+            values = function(A.values + A.shift)
+            whole = len(values) == A.shape[0]  # no vector is outside
+            shift = values.new_zeros(1) if whole else function(values.new_full((1,), A.shift))
+            return LowRank(values - shift, A.vectors, shift=float(shift))
         case BlockDiagonal():
             blocks = {name: mapped(block, function) for name, block in A.blocks.items()}
             return BlockDiagonal(blocks, A.places, A.domain)

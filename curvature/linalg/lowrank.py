@@ -8,6 +8,7 @@ from torch import Tensor
 
 from curvature.errors import NotConverged
 from curvature.linalg.deflation import beyond
+from curvature.linalg.krylov import ROUNDED
 from curvature.linalg.measurement import Measurement
 from curvature.linalg.operator import LinearOperator, as_operator
 from curvature.linalg.structured import LowRank
@@ -49,6 +50,8 @@ def nystrom(
         raise ValueError("nystrom needs a rank, or the damping of the system it is for.")
     if rank is not None and not 1 <= rank <= A.shape[0]:
         raise ValueError(f"The rank lies between 1 and the size of A, {A.shape[0]}, but got {rank}.")
+    if max_rank < 1:
+        raise ValueError(f"max_rank is 1 at least, but got {max_rank}.")
     space, most = A.domain, min(A.shape[0], rank or max_rank)
     draws, wanted = space.draws(seed=seed, kind="normal"), rank or min(FIRST, most)
     sketch = images = space.empty
@@ -59,7 +62,7 @@ def nystrom(
         values, vectors = _approximated(A, sketch, images)
         source = {"operator": "nystrom", "rank": len(values), "seed": seed, "of": measurement.described}
         found = LowRank(values, vectors, source=source)
-        least = float(values[-1]) if len(values) == len(sketch) else 0.0
+        least = float(values[-1]) if 0 < len(values) == len(sketch) else 0.0
         if rank is not None or least <= ENOUGH * damping or wanted == A.shape[0]:
             return found
         if wanted == most:
@@ -76,13 +79,19 @@ def _approximated(
 ) -> tuple[Float[Tensor, " r"], Float[Tensor, "r n"]]:
     """Eigenvalues, descending, and eigenvectors of images^T (sketch A sketch^T)^-1 images."""
     space = A.domain
-    shift = space.eps * float(space.norms(images).square().sum()) ** 0.5
-    images = images + shift * sketch  # which keeps the factorisation from breaking down
+    scale = float(space.norms(images).square().sum()) ** 0.5
+    if scale == 0:
+        return images.new_zeros(0, dtype=torch.float64), images[:0]
     core = space.inner(sketch, images)
-    factor, failed = torch.linalg.cholesky_ex((core + core.T) / 2)
-    if failed:
-        raise ValueError(f"{A!r} says that it is psd, but is not. Take the GGN, or add damping to it.")
-    half = space.combine(torch.linalg.inv(factor), images)
+    gram, core, shift = space.inner(sketch, sketch), (core + core.T) / 2, space.eps * scale
+    while True:  # the shift keeps the factorisation from breaking down; noise in the products may take more of it
+        factor, failed = torch.linalg.cholesky_ex(core + shift * gram)
+        if not failed:
+            break
+        shift *= 10
+        if shift > max(space.eps**0.5, ROUNDED) * scale:
+            raise ValueError(f"{A!r} says that it is psd, but is not. Take the GGN, or add damping to it.")
+    half = space.combine(torch.linalg.inv(factor), images + shift * sketch)
     squares, turn = torch.linalg.eigh(space.inner(half, half))
     values, turn = squares.flip(0) - shift, turn.flip(1)
     kept = values > space.eps * values.max().clamp(min=0)

@@ -28,6 +28,8 @@ LANCZOS = 10  # steps to the largest eigenvalue
 DIVERGED = 5  # steps in a row in which a residual grows
 LOOK = 50  # steps after which residuals are recomputed
 DRIFTED = 2.0  # times as large as thought they have to be made anew
+JUMP = 4.0  # times the last x that was looked at: one that long is looked at
+LATITUDE = 0.01  # by which its residual may be larger
 NOISY = 0.1  # of a residual: what the rounding of a step may be
 STALLED = 0.5  # a residual that is recomputed again and is not below this share of the last one will not fall further
 
@@ -36,7 +38,8 @@ STALLED = 0.5  # a residual that is recomputed again and is not below this share
 class Solution(Result):
     """x of (A + damping I) x = b, in the shape of b: (n,), or (n, k) for as many right-hand sides.
 
-    `residuals` (k,) are the norms |b - (A + damping I) x| / |b|, recomputed with fresh products; `converged`: which are
+    `residuals` (k,) are the norms |b - (A + damping I) x| / |b|, recomputed with fresh products (after an interrupt, as
+    the recurrence had them before); `converged`: which are
     below the tolerance; `steps` (k,) those that were done for each. `curvature` (k,) is the smallest p.(A + damping I)p
     / p.p of the directions p that were multiplied: where it is not positive the matrix is not positive definite, and
     conjugate gradients stopped there with what they had. It is no smaller than the smallest eigenvalue.
@@ -76,8 +79,8 @@ def solve(
     """x with (A + damping I) x = b, for symmetric A and one right-hand side (n,) or many (n, k).
 
     Until every residual is below `rtol` times its right-hand side; raises NotConverged, which holds the Solution, where
-    `max_steps` or rounding come first. `rtol=0` does exactly `max_steps` steps and raises nothing: a truncated solve
-    inverts the large eigenvalues only, and its number of steps is a regulariser of its own.
+    `max_steps` or rounding come first. `rtol=0` does `max_steps` steps, or as many as rounding allows, and raises
+    nothing: a truncated solve inverts the large eigenvalues only, and its number of steps is a regulariser of its own.
 
     - "cg", conjugate gradients (the "auto" where A is psd), takes the fewest products. It is for positive definite
       matrices: where it meets a direction of negative curvature that system ends, and says so.
@@ -103,7 +106,7 @@ def solve(
         method = "cg" if A.psd and damping >= 0 else "minres"
     options = {"damping": damping, "method": method, "rtol": rtol, "max_steps": max_steps}
     options |= {"preconditioner": None if preconditioner is None else describe(preconditioner)}
-    rows = (b.unsqueeze(0) if b.ndim == 1 else b.T).to(A.device, A.dtype, copy=True).contiguous()
+    rows = (b.unsqueeze(0) if b.ndim == 1 else b.T).detach().to(A.device, A.dtype, copy=True).contiguous()
     measurement = Measurement(A, "solve", options=options, run=run)
     systems = METHODS[method](measurement, rows, damping, preconditioner, rtol, max_steps)
     try:
@@ -145,7 +148,7 @@ class Systems:
         self.curvature = torch.full((count,), float("inf"), dtype=torch.float64, device=device)
         self.recomputed = torch.full((count,), float("inf"), dtype=torch.float64, device=device)  # the last time
         self.active = (self.lengths > 0).nonzero().flatten()
-        self.scale = 0.0  # the longest product of a unit vector seen: a lower bound of the norm of A + damping I
+        self.scale = torch.zeros_like(self.lengths)  # the longest product of a unit vector: a lower bound of a norm
         self.flat = torch.zeros_like(self.known)  # which came to a direction without positive curvature
 
     def iterate(self) -> None:
@@ -166,6 +169,10 @@ class Systems:
             if step % LOOK == 0:
                 self._look()
         self._recompute((~self.known).nonzero().flatten())
+        self.finish()
+
+    def finish(self) -> None:
+        """Look over what there is in the end."""
 
     def start(self, residuals: Float[Tensor, "a n"]) -> None:
         """Begin, or begin again, with the active systems from their x."""
@@ -180,23 +187,28 @@ class Systems:
         return self.measurement.apply(rows) + self.damping * rows
 
     def precondition(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
-        return rows if self.preconditioner is None else self.preconditioner.apply(rows)
+        if self.preconditioner is None:
+            return rows
+        product = self.preconditioner.apply(rows)
+        if not bool(torch.isfinite(product).all()):
+            raise NonFinite(f"A product with the preconditioner {self.preconditioner!r} is not finite.", "Look there.")
+        return product
 
     def curve(self, p: Float[Tensor, "a n"], q: Float[Tensor, "a n"]) -> tuple[Float[Tensor, " a"], Bool[Tensor, " a"]]:
         """p.q for products q of the directions p, and which are zero or negative but for rounding; the smallest
         curvature is kept."""
-        lengths, bend = self.space.norms(p), self.space.diagonal(p, q)
-        self.scale = max(self.scale, float((self.space.norms(q) / lengths).max()))
-        quotients = bend / lengths.square()
-        self.curvature[self.active] = torch.minimum(self.curvature[self.active], quotients)
-        return bend, quotients <= self.space.eps * self.scale
+        lengths, images, bend = self.space.norms(p), self.space.norms(q), self.space.diagonal(p, q)
+        self.scale[self.active] = torch.maximum(self.scale[self.active], images / lengths)
+        self.curvature[self.active] = torch.minimum(self.curvature[self.active], bend / lengths.square())
+        return bend, bend <= self.space.eps * lengths * images
 
     def noisy(
         self, length: Float[Tensor, " a"], d: Float[Tensor, "a n"], r: Float[Tensor, "a n"]
     ) -> Bool[Tensor, " a"]:
         """Which steps are so long, along what rounding has left of a direction, that theirs is in the way of the
         residuals r."""
-        return self.space.eps * self.scale * length.abs() * self.space.norms(d) > NOISY * self.space.norms(r)
+        step = length.abs() * self.space.norms(d)
+        return self.space.eps * self.scale[self.active] * step > NOISY * self.space.norms(r)
 
     def solution(self, *, complete: bool, shape: torch.Size) -> Solution:
         """What there is."""
@@ -289,7 +301,21 @@ class ConjugateGradients(Systems):
 class Minres(Systems):
     """Minimal residuals: Lanczos, and a QR factorisation of its tridiagonal matrix, updated by a column a step."""
 
-    kept = ("r", "v", "before", "y", "beta", "last_beta", "phi", "d", "last_d", "turn", "last_turn")
+    kept = (
+        "r",
+        "v",
+        "before",
+        "y",
+        "beta",
+        "last_beta",
+        "phi",
+        "d",
+        "last_d",
+        "turn",
+        "last_turn",
+        "largest",
+        "vouched",
+    )
     r: Tensor  # residuals of x
     v: Tensor  # the Lanczos vector, beta long in the metric of the preconditioner M
     before: Tensor  # the one before it
@@ -301,6 +327,8 @@ class Minres(Systems):
     last_d: Tensor
     turn: Tensor  # (a, 2) cosine and sine of the last two rotations
     last_turn: Tensor
+    largest: Tensor  # entry of the tridiagonal matrix
+    vouched: Tensor  # the length of the last x whose residual was looked at
 
     def start(self, residuals: Float[Tensor, "a n"]) -> None:
         self.r = self.v = residuals
@@ -309,7 +337,8 @@ class Minres(Systems):
         self.beta = self.phi = _positive(self.space.diagonal(self.v, self.y)).sqrt()
         self.last_beta = torch.zeros_like(self.beta)
         self.turn = self.last_turn = torch.stack([torch.ones_like(self.beta), self.last_beta], dim=1)
-        self.largest = 0.0  # entry of the tridiagonal matrix
+        self.largest = torch.zeros_like(self.beta)
+        self.vouched = self.space.norms(self.x[self.active])
 
     def step(self) -> tuple[Float[Tensor, " a"], Bool[Tensor, " a"]]:
         space, tiny = self.space, 1e-300
@@ -322,26 +351,48 @@ class Minres(Systems):
         fresh = fresh - _column(alpha / self.beta, fresh) * self.v
         y = self.precondition(fresh)
         beta = _positive(space.diagonal(fresh, y)).sqrt()
-        self.largest = max(self.largest, float(torch.stack([alpha.abs(), beta, coupling]).max()))
+        self.largest = torch.stack([self.largest, alpha.abs(), beta, coupling]).amax(0)
         # the new column (coupling, alpha, beta) of the tridiagonal matrix, turned twice, and then so that beta vanishes
         (far_cos, far_sin), (cos, sin) = self.last_turn.T, self.turn.T
         first, second = far_sin * coupling, cos * far_cos * coupling + sin * alpha
         third = cos * alpha - sin * far_cos * coupling
         left, root = torch.hypot(third, cos * beta), space.eps**0.5  # left: |A r| / |r| before this step
-        size = torch.hypot(third, beta).clamp(min=tiny)
-        cos, sin = third / size, beta / size
+        size = torch.hypot(third, beta)
+        ended = size <= space.eps**2 * self.largest  # nothing is left to go on with
+        size = torch.where(ended, 1.0, size)
+        cos, sin = torch.where(ended, 0.0, third / size), torch.where(ended, 1.0, beta / size)
         d = unit - _column(second, unit) * self.d - _column(first, unit) * self.last_d
         d = d / _column(size, d)
         length = self.phi * cos
         # a singular matrix leaves the part of b that is outside its range
-        stuck = (left <= root * self.largest) & (cos.abs() <= root) | self.noisy(length, d, self.r)
+        stuck = ended | ((left <= root * self.largest) & (cos.abs() <= root)) | self.noisy(length, d, self.r)
+        stuck |= self._astray(length, d)
         self.x[self.active] += _column(torch.where(stuck, 0.0, length), d) * d
         self.phi = -sin * self.phi
-        self.r = _column(sin.square(), fresh) * self.r + _column(self.phi * cos / beta.clamp(min=tiny), fresh) * fresh
+        onward = torch.where(beta > space.eps**2 * self.largest, self.phi * cos / beta.clamp(min=tiny), 0.0)
+        self.r = _column(sin.square(), fresh) * self.r + _column(onward, fresh) * fresh
         self.last_d, self.d, self.before, self.v, self.y = self.d, d, self.v, fresh, y
         self.last_turn, self.turn = self.turn, torch.stack([cos, sin], dim=1)
         self.last_beta, self.beta = self.beta, beta
         return space.norms(self.r), stuck | (beta <= space.eps * self.largest)
+
+    def _astray(self, length: Float[Tensor, " a"], d: Float[Tensor, "a n"]) -> Bool[Tensor, " a"]:
+        """Which steps lead to an x much longer than any that was looked at, and to a larger residual, as a product
+        tells: once x is as good as it gets, rounding leads on."""
+        space, there = self.space, self.x[self.active] + _column(length, d) * d
+        lengths = space.norms(there)
+        far = ~(lengths <= JUMP * self.vouched)
+        astray = torch.zeros_like(far)
+        if bool(far.any()):
+            left = space.norms(self.b[self.active[far]] - self.apply(there[far]))
+            astray[far] = ~(left <= space.norms(self.r[far]) * (1 + LATITUDE))
+            self.vouched = torch.where(far, lengths, self.vouched)
+        return astray
+
+    def finish(self) -> None:
+        """Where rounding has made a residual longer than the right-hand side, x = 0 is nearer."""
+        worse = self.residuals > self.lengths
+        self.x[worse], self.residuals[worse] = 0.0, self.lengths[worse]
 
 
 class Neumann(Systems):
@@ -394,8 +445,8 @@ def _check(
     if not isinstance(b, Tensor) or b.ndim not in (1, 2) or len(b) != n or not b.is_floating_point():
         shown = f"{tuple(b.shape)} of {b.dtype}" if isinstance(b, Tensor) else type(b).__name__
         raise ValueError(f"b is one right-hand side ({n},) or many ({n}, k) of real numbers, but got {shown}.")
-    if not torch.isfinite(b).all():
-        raise NonFinite("The right-hand side has entries that are not finite.", "Look where it was computed.")
+    if not torch.isfinite(b.to(A.dtype)).all():
+        raise NonFinite(f"The right-hand side has entries that are not finite in {A.dtype}.", "Look where it was made.")
     if not A.symmetric:
         raise ValueError(f"solve is for symmetric matrices, but {A!r} is none. Solve A^T A x = A^T b, damped.")
     if method != "auto" and method not in METHODS:
@@ -403,6 +454,8 @@ def _check(
     if preconditioner is not None and (preconditioner.shape != A.shape or method == "neumann"):
         what = "neumann takes none" if method == "neumann" else f"A is {A.shape}"
         raise ValueError(f"The preconditioner is {preconditioner.shape}, but {what}.")
+    if preconditioner is not None and (preconditioner.domain.dtype, preconditioner.symmetric) != (A.dtype, True):
+        raise ValueError(f"A preconditioner is symmetric and of {A.dtype} as A is, but got {preconditioner!r}.")
     if not 0 <= rtol < 1 or max_steps < 1 or not math.isfinite(damping):
         raise ValueError(
             f"Expected 0 <= rtol < 1, max_steps >= 1 and a finite damping, but got {rtol}, {max_steps} and {damping}."
@@ -415,9 +468,15 @@ def _unsolved(solution: Solution, systems: Systems, A: LinearOperator) -> NotCon
     count, worst = int(left.sum()), float(solution.residuals[left].max())
     of = f"{count} of {len(left)} systems" if len(left) > 1 else "The system"
     if bool(systems.flat.cpu()[left].any()):
-        least = float(solution.curvature.min())
-        cause = f"{of} came to a direction of curvature {least:.3g}: {A!r} plus damping is not positive definite."
-        fix = "Raise the damping by more than that, take method='minres', or the GGN in place of the Hessian."
+        least = float(solution.curvature[left].min())
+        cause = f"{of} came to a direction of curvature {least:.3g}: {A!r} plus damping is not positive definite"
+        if least < -A.domain.eps * float(systems.scale.max()):
+            cause += "."
+            fix = "Raise the damping by more than that, take method='minres', or the GGN in place of the Hessian."
+        else:
+            cause += " but for rounding."
+            enough = 1e3 * A.domain.eps * float(systems.scale.max())
+            fix = f"Raise the damping to some {enough:.1g}, or measure in float64."
     elif isinstance(systems, Neumann) and bool((systems.residuals > systems.lengths).any()):
         cause = f"{of} diverged: {A!r} plus damping has negative eigenvalues."
         fix = "Raise the damping, or take method='minres'."
@@ -437,5 +496,8 @@ def _column(values: Float[Tensor, " a"], like: Tensor) -> Float[Tensor, "a 1"]:
 def _positive(values: Float[Tensor, " a"]) -> Float[Tensor, " a"]:
     """r . M r, which is positive unless M is no preconditioner."""
     if bool((values < 0).any()):
-        raise ValueError(f"The preconditioner is not positive definite: r . M r is {float(values.min()):.3g}.")
+        raise ValueError(
+            f"The preconditioner is not positive definite: r . M r is {float(values.min()):.3g}. Give it more damping, "
+            "or float64."
+        )
     return values

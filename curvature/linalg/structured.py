@@ -143,8 +143,14 @@ class LowRank(LinearOperator):
         self.source = source or {"operator": "LowRank", "rank": len(values)}
 
     def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
-        inside = self.domain.inner(rows, self.vectors) * self.values
-        return self.domain.combine(inside, self.vectors) + self.shift * rows
+        space, inside = self.domain, self.domain.inner(rows, self.vectors)
+        if self.shift == 0:
+            return space.combine(inside * self.values, self.vectors)
+        # Apart, and the outside twice: a shift far above the values, as inverses have it, would leave its rounding
+        outside = rows - space.combine(inside, self.vectors)
+        again = space.inner(outside, self.vectors)
+        outside = outside - space.combine(again, self.vectors)
+        return space.combine((inside + again) * (self.values + self.shift), self.vectors) + self.shift * outside
 
 
 class Outer(LinearOperator):

@@ -65,6 +65,28 @@ def test_the_rank_follows_the_damping_and_saves_steps(damping):
     assert helped.steps.max() < 30 and (damping > 1e-2 or helped.steps.max() < 0.7 * plain.steps.max())
 
 
+def test_its_inverse_stays_positive_definite_in_float32():
+    A = cv.Diagonal(torch.logspace(0, -9, 1000))
+    with pytest.raises(cv.NotConverged) as caught:
+        cv.nystrom(A, damping=1e-7)
+    preconditioner = cv.inverse(caught.value.solution, damping=1e-7)
+    b = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
+    assert cv.solve(A, b, damping=1e-7, preconditioner=preconditioner, rtol=1e-3).converged.all()
+
+
+def test_a_zero_matrix_has_rank_zero_and_a_noisy_one_its_rank():
+    assert len(cv.nystrom(cv.Dense(torch.zeros(5, 5), psd=True), 2).values) == 0
+    matrix = rotated(torch.cat([linspace(1, 9, 50), torch.zeros(250, dtype=torch.float64)])).float()
+    noise = 1e-5 * torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
+    noisy = cv.Dense(matrix + noise, psd=True)
+    torch.testing.assert_close(cv.nystrom(noisy, 80).dense(), matrix, rtol=0, atol=3e-2)
+
+
+def test_a_matrix_of_full_rank_has_an_inverse():
+    A = cv.LowRank(tensor(1, 2), torch.eye(2, dtype=torch.float64))
+    torch.testing.assert_close(cv.inverse(A).dense(), torch.diag(tensor(1, 0.5)))
+
+
 def test_structure_tells_trace_diagonal_and_functions():
     vectors = torch.linalg.qr(torch.randn(30, 4, dtype=torch.float64)).Q.T
     A = cv.LowRank(tensor(4, 3, 2, 1), vectors, shift=0.5)

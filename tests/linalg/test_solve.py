@@ -190,6 +190,52 @@ def test_an_interrupt_returns_the_solution_so_far(method):
     assert not found.complete and not found.converged.any() and found.x.any()
 
 
+@METHOD
+def test_systems_of_one_call_do_not_know_of_each_other(method):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.cat([linspace(1e8, 2e8, N // 2), linspace(1, 2, N // 2)]).float()
+    b = torch.zeros(N, 2)
+    b[: N // 2, 0], b[N // 2 :, 1] = torch.randn(2, N // 2, generator=generator)
+    both = cv.solve(cv.Diagonal(values), b, method=method, rtol=1e-4)
+    alone = cv.solve(cv.Diagonal(values), b[:, 1], method=method, rtol=1e-4)
+    assert both.converged.all() and both.steps[1] == alone.steps[0]
+    torch.testing.assert_close(both.x[:, 1], alone.x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_right_hand_side_in_the_kernel_takes_no_other_with_it(dtype):
+    b = torch.zeros(5, 2, dtype=dtype)
+    b[1:, 0], b[0, 1] = 1, 1
+    with pytest.raises(cv.NotConverged) as caught:
+        cv.solve(cv.Dense(torch.diag(torch.arange(0.0, 5)).to(dtype)), b)
+    found = caught.value.solution
+    assert found.converged.tolist() == [True, False]
+    torch.testing.assert_close(found.x[1:, 0], 1 / torch.arange(1.0, 5).to(dtype), rtol=1e-4, atol=0)
+    assert torch.equal(found.x[:, 1], torch.zeros(5, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_minimal_residuals_are_never_longer_than_the_right_hand_side(dtype):
+    """Of singular matrices, whose Lanczos process goes on with rounding once the least residual is reached."""
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(200):
+        n = int(torch.randint(4, 40, (1,), generator=generator))
+        Q = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
+        values = torch.randn(n, generator=generator, dtype=torch.float64)
+        values[: n // 4] = 0
+        matrix, b = ((Q * values) @ Q.T).to(dtype), torch.randn(n, 3, generator=generator).to(dtype)
+        try:
+            found = cv.solve(cv.Dense((matrix + matrix.T) / 2), b, method="minres", rtol=1e-4)
+        except cv.NotConverged as error:
+            found = error.solution
+        assert found.residuals.max() < 1.001
+
+
+def test_a_right_hand_side_that_requires_grad_is_a_number():
+    x = cv.solve(cv.Diagonal(tensor(2, 3)), torch.ones(2, dtype=torch.float64, requires_grad=True)).x
+    torch.testing.assert_close(x, 1 / tensor(2, 3))
+
+
 def test_bad_input_is_refused():
     A = free(rotated(DEFINITE["flat"]))
     with pytest.raises(ValueError, match=r"b is one right-hand side \(120,\)"):
@@ -202,6 +248,10 @@ def test_bad_input_is_refused():
         cv.solve(A, torch.ones(N), method="lu")
     with pytest.raises(ValueError, match=r"not positive definite: r . M r"):
         cv.solve(A, sides(1), preconditioner=-1.0 * cv.identity(A.domain))
+    with pytest.raises(ValueError, match=r"symmetric and of torch\.float64"):
+        cv.solve(A, sides(1), preconditioner=cv.Dense(torch.eye(N)))
+    with pytest.raises(cv.NonFinite, match="with the preconditioner"):
+        cv.solve(A, sides(1), preconditioner=cv.Diagonal(torch.full((N,), float("nan"), dtype=torch.float64)))
     with pytest.raises(ValueError, match="neumann takes none"):
         cv.solve(A, sides(1), method="neumann", preconditioner=cv.identity(A.domain))
     with pytest.raises(ValueError, match="max_steps >= 1"):
