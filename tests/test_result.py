@@ -43,6 +43,8 @@ KINDS = {
     "subsampled": lambda: cv.subsampled(cv.trace, cv.hessian, zoo()[1].objective((4, 5)), products=8),
     "by layer": lambda: cv.by_layer(cv.spectral_density, cv.hessian(zoo()[1].objective()), probes=2, steps=4),
     "estimates by layer": lambda: cv.by_layer(cv.trace, cv.hessian(zoo()[1].objective()), products=8),
+    "solution": lambda: cv.solve(free(MATRIX), torch.ones(60, 2, dtype=torch.float64), damping=9.0),
+    "interrupted solution": lambda: interrupted(cv.solve, b=torch.ones(60, dtype=torch.float64)),
     "interrupted density": lambda: interrupted(cv.spectral_density, probes=3),
 }
 EVERY = pytest.mark.parametrize("make", KINDS.values(), ids=list(KINDS))

@@ -29,7 +29,6 @@ DIVERGED = 5  # steps in a row in which a residual grows
 LOOK = 50  # steps after which residuals are recomputed
 DRIFTED = 2.0  # times as large as thought they have to be made anew
 JUMP = 4.0  # times the last x that was looked at: one that long is looked at
-LATITUDE = 0.01  # by which its residual may be larger
 NOISY = 0.1  # of a residual: what the rounding of a step may be
 STALLED = 0.5  # a residual that is recomputed again and is not below this share of the last one will not fall further
 
@@ -301,21 +300,8 @@ class ConjugateGradients(Systems):
 class Minres(Systems):
     """Minimal residuals: Lanczos, and a QR factorisation of its tridiagonal matrix, updated by a column a step."""
 
-    kept = (
-        "r",
-        "v",
-        "before",
-        "y",
-        "beta",
-        "last_beta",
-        "phi",
-        "d",
-        "last_d",
-        "turn",
-        "last_turn",
-        "largest",
-        "vouched",
-    )
+    kept = ("r", "v", "before", "y", "beta", "last_beta", "phi", "d", "last_d")
+    kept += ("turn", "last_turn", "largest", "vouched")
     r: Tensor  # residuals of x
     v: Tensor  # the Lanczos vector, beta long in the metric of the preconditioner M
     before: Tensor  # the one before it
@@ -366,33 +352,36 @@ class Minres(Systems):
         length = self.phi * cos
         # a singular matrix leaves the part of b that is outside its range
         stuck = ended | ((left <= root * self.largest) & (cos.abs() <= root)) | self.noisy(length, d, self.r)
-        stuck |= self._astray(length, d)
-        self.x[self.active] += _column(torch.where(stuck, 0.0, length), d) * d
         self.phi = -sin * self.phi
         onward = torch.where(beta > space.eps**2 * self.largest, self.phi * cos / beta.clamp(min=tiny), 0.0)
-        self.r = _column(sin.square(), fresh) * self.r + _column(onward, fresh) * fresh
+        self.r, r = _column(sin.square(), fresh) * self.r + _column(onward, fresh) * fresh, self.r
+        stuck |= self._astray(length, d, torch.maximum(space.norms(self.r), space.norms(r)))
+        self.x[self.active] += _column(torch.where(stuck, 0.0, length), d) * d
         self.last_d, self.d, self.before, self.v, self.y = self.d, d, self.v, fresh, y
         self.last_turn, self.turn = self.turn, torch.stack([cos, sin], dim=1)
         self.last_beta, self.beta = self.beta, beta
         return space.norms(self.r), stuck | (beta <= space.eps * self.largest)
 
-    def _astray(self, length: Float[Tensor, " a"], d: Float[Tensor, "a n"]) -> Bool[Tensor, " a"]:
-        """Which steps lead to an x much longer than any that was looked at, and to a larger residual, as a product
-        tells: once x is as good as it gets, rounding leads on."""
+    def _astray(
+        self, length: Float[Tensor, " a"], d: Float[Tensor, "a n"], thought: Float[Tensor, " a"]
+    ) -> Bool[Tensor, " a"]:
+        """Which steps lead to an x much longer than any that was looked at, and to a residual larger than is thought,
+        as a product tells: once x is as good as it gets, rounding leads on."""
         space, there = self.space, self.x[self.active] + _column(length, d) * d
         lengths = space.norms(there)
-        far = ~(lengths <= JUMP * self.vouched)
+        far = ~(lengths <= JUMP * self.vouched) & (self.vouched > 0)
         astray = torch.zeros_like(far)
         if bool(far.any()):
             left = space.norms(self.b[self.active[far]] - self.apply(there[far]))
-            astray[far] = ~(left <= space.norms(self.r[far]) * (1 + LATITUDE))
-            self.vouched = torch.where(far, lengths, self.vouched)
+            astray[far] = ~(left <= DRIFTED * thought[far])
+        self.vouched = torch.where(far | (self.vouched == 0), lengths, self.vouched)
         return astray
 
     def finish(self) -> None:
         """Where rounding has made a residual longer than the right-hand side, x = 0 is nearer."""
         worse = self.residuals > self.lengths
-        self.x[worse], self.residuals[worse] = 0.0, self.lengths[worse]
+        if self.preconditioner is None:  # else they may be, in this norm, on the way
+            self.x[worse], self.residuals[worse] = 0.0, self.lengths[worse]
 
 
 class Neumann(Systems):

@@ -269,3 +269,11 @@ def test_damped_gauss_newton_directions_of_networks(case):
     exact = torch.linalg.solve(G.dense() + 1e-2 * torch.eye(len(gradient)).double(), gradient)
     for found in (plain, helped):
         torch.testing.assert_close(found.x, exact, rtol=0, atol=1e-8 * float(exact.abs().max()))
+
+
+def test_a_preconditioner_of_another_metric_does_not_stop_minimal_residuals():
+    matrix, b = rotated(INDEFINITE["two sides"]), sides(3)
+    near = cv.Dense(rotated(1 / linspace(0.1, 10, N)), psd=True)
+    found = cv.solve(free(matrix), b, method="minres", preconditioner=near, rtol=1e-8)
+    check(matrix, b, found)
+    assert found.converged.all()
