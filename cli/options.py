@@ -82,15 +82,15 @@ class Task:
 class Goal:
     """When an estimate is good enough."""
 
-    products: Annotated[int, Parameter(validator=Number(gte=1))] = 32
+    products: Positive = 32
     "Products with the matrix to spend: more make the error bars smaller."
-    rtol: Annotated[float | None, Parameter(validator=Number(gt=0, lt=1))] = None
+    rtol: Tolerance | None = None
     "Go on until the half-width of the interval (the norm of all) is this small, relative to the result, instead."
     atol: Annotated[float | None, Parameter(validator=Number(gt=0))] = None
     "The same, absolutely."
-    level: Annotated[float, Parameter(validator=Number(gt=0, lt=1))] = 0.95
+    level: Tolerance = 0.95
     "Of the interval."
-    max_products: Annotated[int, Parameter(validator=Number(gte=1))] = 10_000
+    max_products: Positive = 10_000
     "Where to stop without having reached --rtol or --atol."
     max_seconds: Annotated[float, Parameter(validator=Number(gt=0))] = math.inf
     "The same in time."

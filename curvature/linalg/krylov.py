@@ -92,8 +92,9 @@ class Krylov:
         frontier = slice(self.size - self.width, self.size)
         rows = self.measurement.apply(self._basis[frontier].to(self.measurement.operator.device)).to(self.space.device)
         self.scale = max(self.scale, float(self.space.norms(rows).max()))
-        components = self._near(rows, frontier)
-        if self._must_clean(rows, components):
+        near = slice(_first(self._projected[frontier, : self.size], frontier.start), self.size)
+        components = self._near(rows, frontier, near)
+        if self._must_clean(rows, components, slice(0, near.start)):
             found = self._project_out(rows)
             self._asymmetry(found)
             components += found
@@ -186,15 +187,14 @@ class Krylov:
         self.size = place.stop
         return place, coupling[: self.width]
 
-    def _near(self, rows: Tensor, frontier: slice) -> Float[Tensor, "k d"]:
-        """Remove from the products with the frontier, in place, what they have of it and of the rows T couples it to;
-        returns that.
+    def _near(self, rows: Tensor, frontier: slice, near: slice) -> Float[Tensor, "k d"]:
+        """Remove from the products with the frontier, in place, what they have of it and of the rows T couples it to,
+        together `near`; returns that.
 
         T is symmetric, so it says the latter from earlier steps: what is found beside it is noise.
         """
         components = self._projected[frontier, : self.size].clone()
-        near, count = slice(_first(components, frontier.start), self.size), len(rows)
-        basis = self._basis[near]
+        basis, count = self._basis[near], len(rows)
         self.space.subtract(rows, components[:, near], basis)
         found = self.space.inner(rows, basis)
         self.space.subtract(rows, found, basis)
@@ -205,10 +205,10 @@ class Krylov:
         components[:, near] += found + rest
         return components
 
-    def _must_clean(self, rows: Tensor, components: Tensor) -> bool:
+    def _must_clean(self, rows: Tensor, components: Tensor, far: slice) -> bool:
+        """Whether too much of the rows `far` may have come back in the remainder."""
         if self.overlaps is None:
             return True
-        far = slice(0, _first(components, self.size - self.width))
         added = max(self.noise, self.space.eps * self.scale / self.space.size**0.5)
         T = self._projected[: self.size, : self.size]
         return self.overlaps.excessive(components, T, far, added, self.space.norms(rows))

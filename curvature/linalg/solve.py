@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -38,10 +39,10 @@ class Solution(Result):
     """x of (A + damping I) x = b, in the shape of b: (n,), or (n, k) for as many right-hand sides.
 
     `residuals` (k,) are the norms |b - (A + damping I) x| / |b|, recomputed with fresh products (after an interrupt, as
-    the recurrence had them before); `converged`: which are
-    below the tolerance; `steps` (k,) those that were done for each. `curvature` (k,) is the smallest p.(A + damping I)p
-    / p.p of the directions p that were multiplied: where it is not positive the matrix is not positive definite, and
-    conjugate gradients stopped there with what they had. It is no smaller than the smallest eigenvalue.
+    the recurrence had them before); `converged`: which are below the tolerance; `steps` (k,) those that were done for
+    each. `curvature` (k,) is the smallest p.(A + damping I)p / p.p of the directions p that were multiplied: where it
+    is not positive the matrix is not positive definite, and conjugate gradients stopped there with what they had. It is
+    no smaller than the smallest eigenvalue.
     """
 
     x: Tensor
@@ -202,12 +203,12 @@ class Systems:
         return bend, bend <= self.space.eps * lengths * images
 
     def noisy(
-        self, length: Float[Tensor, " a"], d: Float[Tensor, "a n"], r: Float[Tensor, "a n"]
+        self, length: Float[Tensor, " a"], d: Float[Tensor, "a n"], residuals: Float[Tensor, " a"]
     ) -> Bool[Tensor, " a"]:
-        """Which steps are so long, along what rounding has left of a direction, that theirs is in the way of the
-        residuals r."""
+        """Which steps are so long, along what rounding has left of a direction, that theirs is in the way of residuals
+        of these norms."""
         step = length.abs() * self.space.norms(d)
-        return self.space.eps * self.scale[self.active] * step > NOISY * self.space.norms(r)
+        return self.space.eps * self.scale[self.active] * step > NOISY * residuals
 
     def solution(self, *, complete: bool, shape: torch.Size) -> Solution:
         """What there is."""
@@ -285,7 +286,7 @@ class ConjugateGradients(Systems):
         q = self.apply(self.p)
         bend, flat = self.curve(self.p, q)
         ratio = torch.where(flat, 0.0, self.rho / torch.where(flat, 1.0, bend))
-        flat |= self.noisy(ratio, self.p, self.r)
+        flat |= self.noisy(ratio, self.p, space.norms(self.r))
         self.flat[self.active] = flat
         length = _column(torch.where(flat, 0.0, ratio), q)
         self.x[self.active] += length * self.p
@@ -351,16 +352,18 @@ class Minres(Systems):
         d = d / _column(size, d)
         length = self.phi * cos
         # a singular matrix leaves the part of b that is outside its range
-        stuck = ended | ((left <= root * self.largest) & (cos.abs() <= root)) | self.noisy(length, d, self.r)
+        thought = space.norms(self.r)
+        stuck = ended | ((left <= root * self.largest) & (cos.abs() <= root)) | self.noisy(length, d, thought)
         self.phi = -sin * self.phi
         onward = torch.where(beta > space.eps**2 * self.largest, self.phi * cos / beta.clamp(min=tiny), 0.0)
-        self.r, r = _column(sin.square(), fresh) * self.r + _column(onward, fresh) * fresh, self.r
-        stuck |= self._astray(length, d, torch.maximum(space.norms(self.r), space.norms(r)))
+        self.r = _column(sin.square(), fresh) * self.r + _column(onward, fresh) * fresh
+        norms = space.norms(self.r)
+        stuck |= self._astray(length, d, torch.maximum(norms, thought))
         self.x[self.active] += _column(torch.where(stuck, 0.0, length), d) * d
         self.last_d, self.d, self.before, self.v, self.y = self.d, d, self.v, fresh, y
         self.last_turn, self.turn = self.turn, torch.stack([cos, sin], dim=1)
         self.last_beta, self.beta = self.beta, beta
-        return space.norms(self.r), stuck | (beta <= space.eps * self.largest)
+        return norms, stuck | (beta <= space.eps * self.largest)
 
     def _astray(
         self, length: Float[Tensor, " a"], d: Float[Tensor, "a n"], thought: Float[Tensor, " a"]
@@ -393,7 +396,6 @@ class Neumann(Systems):
 
     def start(self, residuals: Float[Tensor, "a n"]) -> None:
         self.r, self.risen = residuals, torch.zeros(len(residuals), dtype=torch.long, device=residuals.device)
-        self.length = 1 / self._largest()
 
     def step(self) -> tuple[Float[Tensor, " a"], Bool[Tensor, " a"]]:
         space, before = self.space, self.space.norms(self.r)
@@ -405,8 +407,9 @@ class Neumann(Systems):
         self.risen = torch.where(norms > before, self.risen + 1, 0)
         return norms, (self.risen >= DIVERGED) | (norms == 0)
 
-    def _largest(self) -> float:
-        """An upper bound of the largest eigenvalue, as a rule: of a Ritz value and its residual."""
+    @cached_property
+    def length(self) -> float:
+        """Of a step: one over an upper bound of the largest eigenvalue, as a rule, of a Ritz value and its residual."""
         krylov = Krylov(self.measurement, min(LANCZOS, self.space.size))
         krylov.start(self.space.draw(1, seed=0, kind="sphere"))
         while krylov.step() and krylov.size < krylov.capacity and krylov.extend():
@@ -415,7 +418,7 @@ class Neumann(Systems):
         largest = float(values[-1] + krylov.residuals(vectors[:, -1:])[0]) + self.damping
         if largest <= 0:
             raise ValueError(f"The largest eigenvalue is {largest:.3g}, and a Neumann series needs a positive one.")
-        return largest
+        return 1 / largest
 
 
 METHODS: dict[str, type[Systems]] = {"cg": ConjugateGradients, "minres": Minres, "neumann": Neumann}

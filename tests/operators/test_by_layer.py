@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from matrices import Stopping
 from objectives import zoo
 
 import curvature as cv
@@ -107,12 +108,7 @@ def test_a_failing_product_is_raised(objective):
 
 def test_an_interrupt_returns_what_every_layer_has(objective):
     seen = []
-
-    def stop(progress):
-        seen.append(progress)
-        if len(seen) == 4:
-            raise KeyboardInterrupt
-
+    stop = Stopping(3, seen.append)
     with pytest.raises(cv.Interrupted) as caught:
         cv.by_layer(cv.spectral_density, cv.hessian(objective), probes=2, steps=30, run=cv.Run(progress=stop))
     result = caught.value.result
