@@ -54,6 +54,7 @@ from curvature.objective.params import ParamSpace as ParamSpace
 from curvature.operators.blockwise import blockwise as blockwise
 from curvature.operators.by_layer import ByLayer as ByLayer
 from curvature.operators.by_layer import by_layer as by_layer
+from curvature.operators.egn import egn as egn
 from curvature.operators.gauss_newton import empirical_fisher as empirical_fisher
 from curvature.operators.gauss_newton import fisher as fisher
 from curvature.operators.gauss_newton import ggn as ggn
@@ -64,6 +65,7 @@ from curvature.operators.jacobian import ntk as ntk
 from curvature.operators.kfac import ekfac as ekfac
 from curvature.operators.kfac import kfac as kfac
 from curvature.operators.moments import ggn_diagonal as ggn_diagonal
+from curvature.operators.rows import example_gradients as example_gradients
 from curvature.operators.subsamples import Subsampled as Subsampled
 from curvature.operators.subsamples import eigenvalue_errors as eigenvalue_errors
 from curvature.operators.subsamples import subsampled as subsampled

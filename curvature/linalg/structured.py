@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvature.linalg.operator import Identity, LinearOperator, Scaled, Sum
+from curvature.linalg.operator import Identity, LinearOperator, MatrixFree, Scaled, Sum
 from curvature.linalg.space import Space
 
 COLUMNS = 1 << 16  # upcast at a time
@@ -22,7 +23,14 @@ class Dense(LinearOperator):
     `symmetric` is found out by looking (to rounding) unless given; `psd` is taken on trust.
     """
 
-    def __init__(self, matrix: Float[Tensor, "m n"], *, symmetric: bool | None = None, psd: bool = False) -> None:
+    def __init__(
+        self,
+        matrix: Float[Tensor, "m n"],
+        *,
+        symmetric: bool | None = None,
+        psd: bool = False,
+        source: Mapping[str, Any] | None = None,
+    ) -> None:
         if matrix.ndim != 2 or not matrix.is_floating_point():
             raise TypeError(f"Dense holds a real matrix, but got {tuple(matrix.shape)} of {matrix.dtype}.")
         m, n = matrix.shape
@@ -30,7 +38,7 @@ class Dense(LinearOperator):
         self.domain, self.codomain = (Space(size, matrix.dtype, matrix.device) for size in (n, m))
         self.symmetric = psd or (_looks_symmetric(matrix) if symmetric is None else symmetric)
         self.psd = psd
-        self.source = {"operator": "Dense"}
+        self.source = source or {"operator": "Dense"}
 
     def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k m"]:
         return rows @ self.matrix.T
@@ -153,18 +161,54 @@ class LowRank(LinearOperator):
         return space.combine((inside + again) * (self.values + self.shift), self.vectors) + self.shift * outside
 
 
+class Rows(LinearOperator):
+    """A matrix (r, n) that maps vectors to r numbers in float64, and whose columns can be had: see Outer."""
+
+    def __init__(self, count: int, space: Space) -> None:
+        self.domain, self.codomain = space, Space(count, torch.float64, space.device)
+
+    @abstractmethod
+    def combine(self, coefficients: Float[Tensor, "k r"]) -> Float[Tensor, "k n"]:
+        """Linear combinations of the rows, in the dtype of their space."""
+
+    @abstractmethod
+    def columns(self, places: slice | Tensor) -> Float[Tensor, "r e"]:
+        """Those columns, in float64."""
+
+    def adjoint(self) -> LinearOperator:
+        return MatrixFree(self.combine, self.codomain, self.domain, adjoint=self.apply)
+
+
+class DenseRows(Rows):
+    """The rows of a tensor."""
+
+    def __init__(self, rows: Float[Tensor, "r n"], space: Space | None = None) -> None:
+        super().__init__(len(rows), space or Space(rows.shape[1], rows.dtype, rows.device))
+        self.rows = rows
+
+    def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k r"]:
+        return self.domain.inner(rows, self.rows)
+
+    def combine(self, coefficients: Float[Tensor, "k r"]) -> Float[Tensor, "k n"]:
+        return self.domain.combine(coefficients, self.rows)
+
+    def columns(self, places: slice | Tensor) -> Float[Tensor, "r e"]:
+        return self.rows[:, places].double()
+
+
 class Outer(LinearOperator):
     """rows^T core rows + shift I for any rows (r, n) and a symmetric core (r, r): a sum of outer products.
 
     Its inverse is of the same form (Woodbury 1950), so that one of m gradients is inverted in O(m^2 n) and applied in
-    O(m n). `gram` = rows rows^T in float64, where it is known. `psd` is taken on trust.
+    O(m n). `rows` are a tensor, or an operator that returns float64; `gram` = rows rows^T in float64, where it is known.
+    `psd` is taken on trust.
     """
 
     symmetric = True
 
     def __init__(
         self,
-        rows: Float[Tensor, "r n"],
+        rows: Float[Tensor, "r n"] | LinearOperator,
         core: Float[Tensor, "r r"],
         *,
         shift: float = 0.0,
@@ -173,20 +217,27 @@ class Outer(LinearOperator):
         psd: bool = False,
         source: Mapping[str, Any] | None = None,
     ) -> None:
-        if rows.ndim != 2 or core.shape != (len(rows), len(rows)):
+        count = rows.shape[0]
+        if len(rows.shape) != 2 or core.shape != (count, count):
             raise TypeError(f"Outer takes rows (r, n) and a core (r, r), but got {rows.shape} and {core.shape}.")
-        self.rows, self.core, self.shift, self.psd = rows, core.double(), shift, psd
-        self.domain = self.codomain = space or Space(rows.shape[1], rows.dtype, rows.device)
-        self.gram = self.domain.inner(rows, rows) if gram is None else gram
-        self.source = source or {"operator": "Outer", "rank": len(rows)}
+        self.rows = DenseRows(rows, space) if isinstance(rows, Tensor) else rows
+        self.core, self.shift, self.psd = core.double(), shift, psd
+        self.domain = self.codomain = self.rows.domain
+        if gram is None:
+            gram = self.rows.apply(rows if isinstance(rows, Tensor) else rows.adjoint().dense().T)
+        self.gram = gram
+        self.parts = (self.rows,)
+        self.source = source or {"operator": "Outer", "rank": count}
 
     def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
-        inside = self.domain.inner(rows, self.rows) @ self.core
-        return self.domain.combine(inside, self.rows) + self.shift * rows
+        inside = self.rows.apply(rows) @ self.core
+        return self.rows.adjoint().apply(inside).add_(rows, alpha=self.shift)
 
     def entries(self, i: Tensor, j: Tensor) -> Float[Tensor, " e"]:
         """The entries (i, j) for indices (e,) of rows and columns, each from r numbers."""
-        left, right = self.rows[:, i].double(), self.rows[:, j].double()
+        if not isinstance(self.rows, Rows):
+            raise TypeError(f"{self!r} is known by products alone, and not by its entries. Multiply with unit vectors.")
+        left, right = self.rows.columns(i), self.rows.columns(j)
         return ((self.core @ left) * right).sum(0) + self.shift * (i == j)
 
     @cached_property
@@ -197,12 +248,12 @@ class Outer(LinearOperator):
         lengths, turn = squares[kept].sqrt(), turn[:, kept]
         left = turn * lengths  # core in the orthonormal basis of the rows is left^T core left
         values, vectors = torch.linalg.eigh(left.T @ self.core @ left)
-        rows = self.domain.combine((turn / lengths @ vectors).T, self.rows)
+        rows = self.rows.adjoint().apply((turn / lengths @ vectors).T)
         return LowRank(values, self.domain.orthonormal(rows), shift=self.shift)
 
     def inverse(self, damping: float) -> Outer:
         """(self + damping I)^-1."""
-        shift, one = self.shift + damping, torch.eye(len(self.rows), dtype=torch.float64, device=self.rows.device)
+        shift, one = self.shift + damping, torch.eye(len(self.core), dtype=torch.float64, device=self.core.device)
         if shift == 0:
             raise ValueError("A sum of fewer outer products than rows has an eigenvalue 0. Add damping.")
         core = torch.linalg.solve(one + self.core @ self.gram / shift, self.core) / -(shift**2)
@@ -211,7 +262,6 @@ class Outer(LinearOperator):
             (core + core.T) / 2,
             shift=1 / shift,
             gram=self.gram,
-            space=self.domain,
             psd=self.psd and shift > 0,
             source={"operator": "inverse", "damping": damping, "of": dict(self.source)},
         )
@@ -311,10 +361,9 @@ def known_diagonal(A: LinearOperator) -> Float[Tensor, " n"] | None:
         case Spectral():
             values = A.values.double() if A.U is None else A.U.double().square() @ A.values.double()
             return (values if A.V is None else values @ A.V.double().square().mT).reshape(-1)
-        case Outer():
-            return torch.cat(
-                [(A.core @ some * some).sum(0) + A.shift for some in (c.double() for c in A.rows.split(COLUMNS, dim=1))]
-            )
+        case Outer(rows=Rows() as rows):
+            pieces = (slice(start, start + COLUMNS) for start in range(0, A.shape[0], COLUMNS))
+            return torch.cat([(A.core @ some * some).sum(0) + A.shift for some in map(rows.columns, pieces)])
         case LowRank():
             squares = (value * row.double().square() for value, row in zip(A.values, A.vectors, strict=True))
             return sum(squares, torch.full((A.shape[0],), A.shift, dtype=torch.float64, device=A.device))

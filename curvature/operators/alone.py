@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,8 @@ from curvature.objective.params import ParamSpace
 from curvature.objective.products import pulled
 from curvature.operators.engine import CHUNK, abreast
 from curvature.operators.followed import Evidence, agree, norm
+
+T = TypeVar("T")
 
 
 class Alone:
@@ -32,16 +35,29 @@ class Alone:
 
     def squares(self, residuals: Sequence[Tensor]) -> dict[str, Tensor]:
         """The squared gradients by parameter, summed over examples and residuals."""
-        total = self._of_examples(residuals) if self.separable else None
+
+        def add(total: Tensor, gradients: Float[Tensor, "k n"]) -> Tensor:
+            return total + gradients.square().sum(0)
+
+        return self.space.named(self._folded(residuals, add, self._zeros()))
+
+    def gradients(self, residuals: Sequence[Tensor]) -> Float[Tensor, "k b n"]:
+        """The gradients, flat, for each residual and example."""
+        none: list[Tensor] = []
+        return torch.stack(self._folded(residuals, lambda seen, gradients: [*seen, gradients], none), dim=1)
+
+    def _folded(self, residuals: Sequence[Tensor], add: Callable[[T, Tensor], T], start: T) -> T:
+        """What `add` makes of the gradients (residuals, n) of one example after another."""
+        total = self._of_examples(residuals, add, start) if self.separable else None
         if total is None:
             self.separable = False
-            total = self._in_batch(residuals)
-        return self.space.named(total)
+            total = self._in_batch(residuals, add, start)
+        return total
 
-    def _of_examples(self, residuals: Sequence[Tensor]) -> Float[Tensor, " n"] | None:
+    def _of_examples(self, residuals: Sequence[Tensor], add: Callable[[T, Tensor], T], total: T) -> T | None:
         """From each example alone; None where the gradients of these are not those of the batch."""
         evidence, recorded, size = self.evidence, self.recorded, 0.0
-        total, sent = self._zeros(), self._zeros()
+        sent = self._zeros()
         more = [residual for residual in residuals if residual is not evidence.cotangent]
         cut = zip(recorded.rows(), evidence.factors, examples(recorded.batch, recorded.examples), strict=True)
         for rows, factor, example in cut:
@@ -55,18 +71,19 @@ class Alone:
             gradients = abreast(partial(self._gradient, outputs), CHUNK, set())(cotangents)
             sent += factor * gradients[0]
             size += norm(factor * gradients[0])
-            total += gradients[len(gradients) - len(residuals) :].square().sum(0)
+            total = add(total, gradients[len(gradients) - len(residuals) :])
         expected = self.space.flatten([evidence.parameters[name] for name in self.params])
         return total if agree(sent, expected, size=size) else None
 
-    def _in_batch(self, residuals: Sequence[Tensor]) -> Float[Tensor, " n"]:
+    def _in_batch(self, residuals: Sequence[Tensor], add: Callable[[T, Tensor], T], total: T) -> T:
         """From the whole batch, with the cotangents of one example at a time."""
-        total = self._zeros()
         for rows in self.recorded.rows():
+            gradients = []
             for residual in residuals:
                 cotangent = torch.zeros_like(residual)
                 cotangent[rows] = residual[rows]
-                total += self._gradient(self.recorded.outputs, cotangent).square()
+                gradients.append(self._gradient(self.recorded.outputs, cotangent))
+            total = add(total, torch.stack(gradients))
         return total
 
     def _gradient(self, outputs: Tensor, cotangent: Tensor) -> Float[Tensor, " n"]:

@@ -36,7 +36,7 @@ class Recorded:
         self.batch, self.leaves = batch, objective.leaves()
         with layer_tape({layer.name: (layer.module, layer.kind.capture) for layer in layers}) as self.calls:
             self.outputs, self.targets = objective.outputs(self.leaves, batch)
-        self.examples = _number_of(batch, self.outputs)
+        self.examples = number_of(batch, self.outputs)
 
     def inputs(self, layer: Layer) -> Inputs | None:
         """What went into a layer; None where it was not called."""
@@ -177,7 +177,7 @@ def norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor.detach()))
 
 
-def _number_of(batch: Any, outputs: Tensor) -> int:
+def number_of(batch: Any, outputs: Tensor) -> int:
     """How many examples a batch has: as many as outputs, or as inputs where there are several outputs for each."""
     if outputs.ndim == 0:
         raise BadObjective(

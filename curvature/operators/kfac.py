@@ -16,9 +16,10 @@ from curvature.errors import TooLarge
 from curvature.linalg.memory import free_bytes
 from curvature.linalg.structured import BlockDiagonal, Kronecker, Spectral
 from curvature.objective.objective import Objective
+from curvature.operators.engine import need_objective
 from curvature.operators.layers import Inputs, Layer, Rows, gram
 from curvature.operators.layerwise import Layerwise, Seen
-from curvature.operators.residuals import FisherKind
+from curvature.operators.residuals import FisherKind, signed
 
 Sharing = Literal["expand", "reduce"]
 
@@ -52,7 +53,8 @@ def kfac(
     Martens & Grosse 2015 (arXiv:1503.05671); Grosse & Martens 2016 (arXiv:1602.01407), convolutions; Eschenhagen et
     al. 2023 (arXiv:2311.00636), expand and reduce; Benzing 2022 (arXiv:2201.12250), input-only.
     """
-    pulled = None if fisher == "input-only" else fisher
+    need_objective("kfac", objective)
+    pulled = None if fisher == "input-only" else signed(objective, "kfac", fisher, samples=samples, seed=seed)
     seen = Layerwise("kfac", objective, pulled, samples=samples, seed=seed)
     return seen.assembled(*_factors(seen, sharing), sharing=sharing, fisher=fisher)
 
@@ -74,7 +76,9 @@ def ekfac(
 
     George et al. 2018 (arXiv:1806.03884).
     """
-    seen = Layerwise("ekfac", objective, fisher, samples=samples, seed=seed)
+    need_objective("ekfac", objective)
+    pulled = signed(objective, "ekfac", fisher, samples=samples, seed=seed)
+    seen = Layerwise("ekfac", objective, pulled, fisher=fisher, samples=samples, seed=seed)
     blocks, squares = _factors(seen, sharing)
     bases = {layer.name: blocks[layer.name].spectral for layer in seen.layers if not layer.kind.small}
 

@@ -6,9 +6,10 @@ import torch
 
 from curvature.linalg.structured import Diagonal
 from curvature.objective.objective import Objective
+from curvature.operators.engine import need_objective
 from curvature.operators.layers import Inputs, Layer
 from curvature.operators.layerwise import Layerwise, Seen
-from curvature.operators.residuals import FisherKind
+from curvature.operators.residuals import FisherKind, likelihood, residuals_of
 
 
 def ggn_diagonal(objective: Objective, *, fisher: FisherKind = "type-2", samples: int = 1, seed: int = 0) -> Diagonal:
@@ -21,7 +22,12 @@ def ggn_diagonal(objective: Objective, *, fisher: FisherKind = "type-2", samples
 
     Dangel, Kunstner & Hennig 2020 (arXiv:1912.10985), diagonals from per-example gradients.
     """
-    seen = Layerwise("ggn_diagonal", objective, fisher, samples=samples, seed=seed, exact=True)
+    name = "ggn_diagonal"
+    need_objective(name, objective)
+    residuals = residuals_of(objective, name, fisher, samples=samples, seed=seed)
+    apart = None if fisher == "sampled" else likelihood(objective, name)  # samples have random signs by themselves
+    options = {"fisher": fisher, "samples": samples, "seed": seed}
+    seen = Layerwise(name, objective, residuals, apart=apart, exact=True, **options)
 
     def see(layer: Layer, inputs: Inputs) -> Seen:
         return {}, lambda cotangents: {"squares": inputs.squares(cotangents)}

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from curvature.objective.losses import Likelihood, lacking
+from curvature.objective.losses import Likelihood, Loss, lacking
 from curvature.objective.objective import Objective
 
 FisherKind = Literal["type-2", "sampled", "empirical"]
@@ -42,6 +42,12 @@ def residuals_of(objective: Objective, name: str, kind: FisherKind, *, samples: 
         case _:
             also = ", or 'input-only'" if name == "kfac" else ""
             raise ValueError(f"fisher is 'type-2', 'sampled' or 'empirical'{also}, but got {kind!r}.")
+
+
+def signed(objective: Objective, name: str, kind: FisherKind, *, samples: int = 1, seed: int = 0) -> Residuals:
+    """The same for all terms of an example at once, whose products then average to zero: with random signs."""
+    residuals = residuals_of(objective, name, kind, samples=samples, seed=seed)
+    return residuals if kind == "sampled" else Signed(residuals, likelihood(objective, name), seed)
 
 
 def likelihood(objective: Objective, name: str) -> Likelihood:
@@ -70,6 +76,17 @@ class Observed:
 
     def __call__(self, index: int, outputs: Tensor, targets: Any) -> Iterator[Tensor]:
         yield self.loss.residual(outputs, targets)
+
+
+@dataclass(frozen=True)
+class Slope:
+    """The gradient of the loss itself, of any loss of outputs."""
+
+    loss: Loss
+
+    def __call__(self, index: int, outputs: Tensor, targets: Any) -> Iterator[Tensor]:
+        outputs = outputs.detach().requires_grad_()
+        yield torch.autograd.grad(self.loss.total(outputs, targets), outputs)[0]
 
 
 class Sampled:

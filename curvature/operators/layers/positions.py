@@ -6,6 +6,7 @@ a_r and gradients g_r of the outputs, the gradient of W in an example is the sum
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -75,15 +76,24 @@ class Rows:
         """The sum of G G^T over the gradients G of examples, a vector for each group: exact, for small groups."""
         return gram(torch.einsum("nrgo,nrgi->ngoi", cotangents, self.vectors).flatten(2))
 
+    def gradients(self, cotangents: Float[Tensor, "n r g o"]) -> Float[Tensor, "n goi"]:
+        """The gradient of every example."""
+        return torch.einsum("nrgo,nrgi->ngoi", cotangents, self.vectors).flatten(1)
+
+    def each(self, cotangents: Float[Tensor, "n r g o"]) -> Iterator[Float[Tensor, "e goi"]]:
+        """The same, of a few examples at a time."""
+        examples = max(1, PIECE // (cotangents.shape[2:].numel() * (self.values.shape[-1] + self.ones)))
+        for some, values in zip(cotangents.split(examples), self.values.split(examples), strict=True):
+            yield Rows(values, self.ones).gradients(some)
+
     def squares(self, cotangents: Float[Tensor, "n r g o"]) -> Float[Tensor, "g o i"]:
         """The sum of the squared entries of the gradients of examples."""
         values = self.vectors
         if values.shape[1] == 1:
             return torch.einsum("ngo,ngi->goi", cotangents[:, 0].square(), values[:, 0].square())
         total = cotangents.new_zeros(*cotangents.shape[2:], values.shape[-1])
-        examples = max(1, PIECE // total.numel())
-        for g, a in zip(cotangents.split(examples), values.split(examples), strict=True):
-            total += torch.einsum("nrgo,nrgi->ngoi", g, a).square().sum(0)
+        for gradients in self.each(cotangents):
+            total += gradients.view(-1, *total.shape).square().sum(0)
         return total
 
 
@@ -132,6 +142,20 @@ class Indices:
         kept = self.values >= 0
         rows = cotangents.new_zeros(self.size, cotangents.shape[-1])
         return rows.index_add_(0, self.values[kept], cotangents[:, :, 0][kept]).unsqueeze(0)
+
+    def gradients(self, cotangents: Float[Tensor, "n r 1 o"]) -> Float[Tensor, "n sizeo"]:
+        """The gradient of every example."""
+        examples = len(self.values)
+        kept = self.values >= 0
+        place = self.values + self.size * torch.arange(examples, device=kept.device).unsqueeze(1)
+        rows = cotangents.new_zeros(examples * self.size, cotangents.shape[-1])
+        return rows.index_add_(0, place[kept], cotangents[:, :, 0][kept]).view(examples, -1)
+
+    def each(self, cotangents: Float[Tensor, "n r 1 o"]) -> Iterator[Float[Tensor, "e sizeo"]]:
+        """The same, of a few examples at a time."""
+        examples = max(1, PIECE // (self.size * cotangents.shape[-1]))
+        for some, values in zip(cotangents.split(examples), self.values.split(examples), strict=True):
+            yield Indices(values, self.size).gradients(some)
 
     def squares(self, cotangents: Float[Tensor, "n r 1 o"]) -> Float[Tensor, "1 size o"]:
         """The sum of the squared entries of the gradients of examples."""

@@ -1,0 +1,99 @@
+"""The gradients of single examples, as rows: one backward pass for a batch of them where layers can be followed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvature.linalg.memory import need_basis
+from curvature.linalg.space import Space
+from curvature.objective.batches import leading
+from curvature.objective.objective import Objective
+from curvature.objective.passes import Passes
+from curvature.operators.alone import Alone
+from curvature.operators.engine import need_objective
+from curvature.operators.layers import Inputs, Layer
+from curvature.operators.layerwise import Batch, Layerwise
+from curvature.operators.residuals import Slope
+
+
+def example_gradients(objective: Objective) -> Float[Tensor, "N n"]:
+    """The gradient of every example of the data, a row each, in one pass: that of the sum of the loss over its terms.
+
+    The gradient of the objective is their sum over the number of terms, plus that of the regulariser. An example is a
+    row of the outputs, or of the inputs where the outputs have several for each; in training mode, that row of the
+    outputs as it depends on all of the batch. TooLarge where they do not fit: take fewer at a time, by
+    `objective.split()`.
+    """
+    gradients = ExampleGradients(objective)
+    counts = Passes(objective).each(lambda batch: leading(batch) or 1)
+    need_basis(sum(counts), objective.space)
+    return torch.cat(Passes(objective, Batch).each(gradients.rows))
+
+
+class ExampleGradients:
+    """The gradients of the examples of an objective, batch by batch."""
+
+    def __init__(self, objective: Objective) -> None:
+        need_objective("example_gradients", objective)
+        self.seen = Layerwise("example_gradients", objective, Slope(objective.loss), exact=True)
+
+    def rows(self, batch: Batch) -> Float[Tensor, "b n"]:
+        """Those of a batch, flat."""
+        whole, _, examples = self.seen.shown(batch, lambda: Whole(self.seen))
+        return whole.rows(1, examples)[0]
+
+    def along(self, directions: Float[Tensor, "k n"], batch: Batch) -> Float[Tensor, "b k"]:
+        """Their inner products with some directions, in float64, without holding more than those of a layer."""
+        along, _, examples = self.seen.shown(batch, lambda: Along(self.seen, directions))
+        zeros = torch.zeros(examples, len(directions), dtype=torch.float64, device=directions.device)
+        return sum(along.products, zeros)
+
+
+class Whole:
+    """Keeps the gradients, by residual and example."""
+
+    def __init__(self, seen: Layerwise) -> None:
+        self.seen = seen
+        self.pieces: dict[str, list[Tensor]] = defaultdict(list)
+        self.places: dict[str, Tensor] = {}
+
+    def layer(self, layer: Layer, inputs: Inputs) -> Callable[[Tensor], None]:
+        self.places[layer.name] = self.seen.places[layer.name]
+        return lambda cotangents: self.pieces[layer.name].append(inputs.gradients(cotangents))
+
+    def others(self, alone: Alone, residuals: list[Tensor]) -> None:
+        self.places["alone"] = self.seen.places_of(alone)
+        self.pieces["alone"].extend(alone.gradients(residuals))
+
+    def rows(self, residuals: int, examples: int) -> Float[Tensor, "k b n"]:
+        """All of them, flat."""
+        space = self.seen.objective.space
+        rows = torch.zeros(residuals, examples, space.size, dtype=space.dtype, device=space.device)
+        for owner, pieces in self.pieces.items():
+            for row, piece in zip(rows, pieces, strict=True):
+                row[:, self.places[owner]] = piece
+        return rows
+
+
+class Along:
+    """Multiplies the gradients with directions, layer by layer and a few examples at a time."""
+
+    def __init__(self, seen: Layerwise, directions: Float[Tensor, "k n"]) -> None:
+        self.seen, self.directions = seen, directions
+        self.products: list[Float[Tensor, "b k"]] = []
+
+    def layer(self, layer: Layer, inputs: Inputs) -> Callable[[Tensor], None]:
+        directions = self.directions[:, self.seen.places[layer.name]]
+        return lambda cotangents: self._multiply(inputs.each(cotangents), directions)
+
+    def others(self, alone: Alone, residuals: list[Tensor]) -> None:
+        self._multiply(iter(alone.gradients(residuals)), self.directions[:, self.seen.places_of(alone)])
+
+    def _multiply(self, gradients: Iterator[Float[Tensor, "e p"]], directions: Float[Tensor, "k p"]) -> None:
+        space = Space(directions.shape[1], directions.dtype, directions.device)
+        self.products.append(torch.cat([space.inner(some, directions) for some in gradients]))
