@@ -20,8 +20,8 @@ from curvature.linalg.functional import participation_ratio as participation_rat
 from curvature.linalg.functional import spectral_moments as spectral_moments
 from curvature.linalg.functional import trace_of as trace_of
 from curvature.linalg.functions import eigenvalues as eigenvalues
-from curvature.linalg.functions import inverse as inverse
 from curvature.linalg.functions import power as power
+from curvature.linalg.inverse import inverse as inverse
 from curvature.linalg.lowrank import nystrom as nystrom
 from curvature.linalg.operator import Identity as Identity
 from curvature.linalg.operator import LinearOperator as LinearOperator
@@ -75,5 +75,8 @@ from curvature.result import Cost as Cost
 from curvature.result import Estimate as Estimate
 from curvature.result import Origin as Origin
 from curvature.result import Result as Result
+from curvature.uses.influence import Influence as Influence
+from curvature.uses.influence import influence as influence
+from curvature.uses.influence import self_influence as self_influence
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Functions of matrices whose structure tells their eigenvalues: powers, inverses, log-determinants.
+"""Functions of matrices whose structure tells their eigenvalues: powers, log-determinants.
 
 Exact, and as cheap as the largest dense factor's eigendecomposition, which is done once.
 """
@@ -13,15 +13,19 @@ from torch import Tensor
 
 from curvature.linalg.measurement import describe
 from curvature.linalg.operator import Identity, LinearOperator, Scaled, Sum
-from curvature.linalg.structured import BlockDiagonal, Dense, Diagonal, Kronecker, LowRank, Outer, Spectral
+from curvature.linalg.structured import BlockDiagonal, Dense, Diagonal, Kronecker, LowRank, Outer, OuterBlocks, Spectral
+
+
+class Unstructured(TypeError):
+    """The structure of a matrix does not tell what is asked."""
 
 
 def power(A: LinearOperator, exponent: float, *, damping: float = 0.0) -> LinearOperator:
     """(A + damping I)^exponent for symmetric A of known structure, as an operator of the same structure.
 
-    A is made of Dense, Diagonal, Kronecker, Spectral, LowRank, Outer and BlockDiagonal, scaled or plus multiples of
-    the identity. Raises ValueError where an eigenvalue has no such power: zero with a negative exponent, or a negative
-    one with a fraction.
+    A is made of Dense, Diagonal, Kronecker, Spectral, LowRank, Outer, OuterBlocks and BlockDiagonal, scaled or plus
+    multiples of the identity. Raises ValueError where an eigenvalue has no such power: zero with a negative exponent,
+    or a negative one with a fraction.
 
     >>> power(Diagonal(torch.tensor([4.0, 9.0])), 0.5).entries
     tensor([2., 3.])
@@ -34,22 +38,6 @@ def power(A: LinearOperator, exponent: float, *, damping: float = 0.0) -> Linear
     result = mapped(A, raised)
     result.source = {"operator": "power", "exponent": exponent, "damping": damping, "of": describe(A)}
     return result
-
-
-def inverse(A: LinearOperator, *, damping: float = 0.0) -> LinearOperator:
-    """(A + damping I)^-1, exact, for symmetric A of known structure: see `power`; and for Outer.
-
-    Damping is added to the eigenvalues themselves, not to the factors of Kronecker products.
-    """
-    match A:
-        case Outer():
-            return A.inverse(damping)
-        case BlockDiagonal():
-            blocks = {name: inverse(block, damping=damping) for name, block in A.blocks.items()}
-            source = {"operator": "power", "exponent": -1, "damping": damping, "of": describe(A)}
-            return BlockDiagonal(blocks, A.places, A.domain, source=source)
-        case _:
-            return power(A, -1, damping=damping)
 
 
 def eigenvalues(A: LinearOperator) -> Float[Tensor, " n"]:
@@ -72,6 +60,8 @@ def mapped(A: LinearOperator, function: Callable[[Tensor], Tensor]) -> LinearOpe
             return mapped(A.spectral, function)
         case Outer():
             return mapped(A.spectral, function)
+        case OuterBlocks():
+            return A.mapped(function)
         case LowRank():
             values = function(A.values + A.shift)
             whole = len(values) == A.shape[0]  # no vector is outside
@@ -87,7 +77,7 @@ def mapped(A: LinearOperator, function: Callable[[Tensor], Tensor]) -> LinearOpe
         case Sum() if (shift := _multiple(A.parts[0])) is not None:
             return mapped(A.parts[1], lambda values: function(values + shift))
         case _:
-            raise TypeError(
+            raise Unstructured(
                 f"The structure of {A!r} does not tell its eigenvalues. Ask eigsh or spectral_density, or take "
                 "Dense(A.dense())."
             )
@@ -111,6 +101,8 @@ def _collected(A: LinearOperator) -> Tensor:
             return A.entries
         case Spectral():
             return A.values.reshape(-1)
+        case OuterBlocks():
+            return A.eigenvalues
         case LowRank():
             others = A.values.new_full((A.shape[0] - len(A.values),), A.shift)
             return torch.cat([A.values + A.shift, others])

@@ -1,0 +1,1 @@
+"""What inverses of matrices are for."""
