@@ -13,6 +13,7 @@ from curvature.linalg.diagonal import block_traces as block_traces
 from curvature.linalg.diagonal import diagonal as diagonal
 from curvature.linalg.eigen import eigsh as eigsh
 from curvature.linalg.eigenpairs import Eigenpairs as Eigenpairs
+from curvature.linalg.functional import effective_dimension as effective_dimension
 from curvature.linalg.functional import effective_rank as effective_rank
 from curvature.linalg.functional import frobenius_norm as frobenius_norm
 from curvature.linalg.functional import logdet as logdet
@@ -64,6 +65,7 @@ from curvature.operators.jacobian import jacobian as jacobian
 from curvature.operators.jacobian import ntk as ntk
 from curvature.operators.kfac import ekfac as ekfac
 from curvature.operators.kfac import kfac as kfac
+from curvature.operators.lissa import lissa as lissa
 from curvature.operators.moments import ggn_diagonal as ggn_diagonal
 from curvature.operators.rows import example_gradients as example_gradients
 from curvature.operators.subsamples import Subsampled as Subsampled
@@ -75,8 +77,13 @@ from curvature.result import Cost as Cost
 from curvature.result import Estimate as Estimate
 from curvature.result import Origin as Origin
 from curvature.result import Result as Result
+from curvature.uses.hypergradient import Hypergradient as Hypergradient
+from curvature.uses.hypergradient import hypergradient as hypergradient
 from curvature.uses.influence import Influence as Influence
 from curvature.uses.influence import influence as influence
 from curvature.uses.influence import self_influence as self_influence
+from curvature.uses.laplace import Predictive as Predictive
+from curvature.uses.laplace import laplace_predictive as laplace_predictive
+from curvature.uses.natural_gradient import natural_gradient as natural_gradient
 
 __version__ = "0.1.0"

@@ -29,6 +29,21 @@ def interrupted(question, *, after: int = 5, **options):
     return stop.value.result
 
 
+SMALL = next(case for case in zoo() if case.name == "regression").objective()
+
+
+def hypergradient() -> cv.Hypergradient:
+    """How the loss depends on the weight of a penalty."""
+    module, decay = torch.nn.Linear(2, 1).double(), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    data = torch.ones(4, 2, dtype=torch.float64)
+
+    def penalised(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return (module(x) - 1).square().mean() + decay * sum(p.square().sum() for p in module.parameters())
+
+    inner = cv.Objective.from_loss(module, penalised, data)
+    return cv.hypergradient(inner, cv.Objective.from_loss(module, lambda m, x: m(x).mean(), data), decay)
+
+
 KINDS = {
     "exact estimate": lambda: cv.trace(cv.Diagonal(tensor(1, 2))),
     "estimate": lambda: cv.trace(free(MATRIX), products=20, seed=5),
@@ -46,6 +61,9 @@ KINDS = {
     "solution": lambda: cv.solve(free(MATRIX), torch.ones(60, 2, dtype=torch.float64), damping=9.0),
     "interrupted solution": lambda: interrupted(cv.solve, b=torch.ones(60, dtype=torch.float64)),
     "interrupted density": lambda: interrupted(cv.spectral_density, probes=3),
+    "influence": lambda: cv.influence(SMALL, SMALL, cv.identity(SMALL.space)),
+    "hypergradient": lambda: hypergradient(),
+    "predictive": lambda: cv.laplace_predictive(SMALL, torch.ones(3, 3).double(), cv.ggn_diagonal(SMALL), prior=1.0),
 }
 EVERY = pytest.mark.parametrize("make", KINDS.values(), ids=list(KINDS))
 

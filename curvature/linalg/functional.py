@@ -185,6 +185,36 @@ def effective_rank(A: LinearOperator, *, seed: int = 0, run: Run | None = None, 
     return _estimated("effective_rank", Functional(functions, answer), A, budget, seed, run)
 
 
+def effective_dimension(
+    A: LinearOperator, *, damping: float | Tensor, seed: int = 0, run: Run | None = None, **budget: Unpack[Budget]
+) -> Estimate:
+    """tr A (A + damping I)^-1 for psd A, the sum of value / (value + damping): how many directions of A the damping
+    leaves. Between 0 and the rank, and falls with the damping.
+
+    `damping` is positive; for a tensor of several the estimate has its shape, from one run. Where A is not declared psd
+    negative eigenvalues count for nothing. Budget as in `trace_of`.
+
+    MacKay 1992 (Neural Computation 4); Maddox, Benton & Wilson 2020 (arXiv:2003.02139).
+
+    >>> from curvature import Diagonal
+    >>> effective_dimension(Diagonal(torch.tensor([1.0, 3.0, 0.0])), damping=1.0).value
+    tensor(1.2500, dtype=torch.float64)
+    """
+    dampings = torch.as_tensor(damping, dtype=torch.float64).cpu()
+    if not ((dampings > 0) & dampings.isfinite()).all():
+        raise ValueError(f"damping is positive and finite, but got {damping}. Of damping 0 this would be the rank.")
+
+    def functions(t: Tensor) -> Tensor:
+        t = t.clamp(min=0)
+        return t / (t + dampings.reshape(-1, 1).to(t.device))
+
+    def answer(traces: Tensor) -> Tensor:
+        return traces.reshape((*traces.shape[:-1], *dampings.shape))
+
+    functional = Functional(functions, answer)
+    return _estimated("effective_dimension", functional, A, budget, seed, run, damping=dampings.tolist())
+
+
 def _only(traces: Float[Tensor, "... 1"]) -> Float[Tensor, ...]:
     return traces[..., 0]
 

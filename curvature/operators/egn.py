@@ -162,12 +162,12 @@ def _kept(seen: Layerwise, m: int) -> tuple[dict[str, int], set[str]]:
                     found[layer.name] = (inputs.values.numel(), inputs.values.shape[1])
         return found
 
-    batches = Passes(seen.objective, Batch).each(sizes)
+    found = Passes(seen.objective, Batch).each(sizes)
     kept, compact = {}, set()
     for layer in seen.layers:
         groups, out, inner = layer.arranged(seen.objective.params).shape
-        inputs = sum(batch.get(layer.name, (0, 0))[0] for batch in batches)
-        positions = max((batch.get(layer.name, (0, 0))[1] for batch in batches), default=0)
+        inputs = sum(of.get(layer.name, (0, 0))[0] for of in found)
+        positions = max((of.get(layer.name, (0, 0))[1] for of in found), default=0)
         if positions < inner:
             compact.add(layer.name)
         kept[layer.name] = inputs + m * groups * out * min(positions, inner)

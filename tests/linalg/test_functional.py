@@ -18,6 +18,7 @@ QUESTIONS = {
     "frobenius_norm": (cv.frobenius_norm, lambda t: t.norm()),
     "participation_ratio": (cv.participation_ratio, lambda t: t.sum() ** 2 / t.square().sum()),
     "effective_rank": (cv.effective_rank, lambda t: torch.special.entr(t / t.sum()).sum().exp()),
+    "effective_dimension": (lambda A, **o: cv.effective_dimension(A, damping=2.0, **o), lambda t: (t / (t + 2)).sum()),
 }
 ALL = pytest.mark.parametrize("name", QUESTIONS)
 
@@ -145,6 +146,39 @@ def test_magnitudes_count_where_eigenvalues_are_negative():
     assert float(cv.effective_rank(A, products=190)) == pytest.approx(float(entropy), rel=0.05)
 
 
+def test_the_effective_dimension_of_a_linear_model_is_the_trace_of_its_hat_matrix():
+    """Ridge regression: the sum of the leverages x_i.(X^T X + mu I)^-1 x_i."""
+    inputs, mu = torch.randn(40, 6, dtype=torch.float64), 3.0
+    matrix = inputs.T @ inputs
+    leverages = ((inputs @ torch.linalg.inv(matrix + mu * torch.eye(6, dtype=torch.float64))) * inputs).sum(1)
+    assert float(cv.effective_dimension(cv.Dense(matrix), damping=mu)) == pytest.approx(
+        float(leverages.sum()), rel=1e-12
+    )
+    objective = cv.Objective.of(
+        torch.nn.Linear(6, 1, bias=False).double(), cv.SquaredError(scale=1), (inputs, inputs[:, :1])
+    )
+    found = cv.effective_dimension(cv.ggn(objective), damping=mu / 40)
+    assert float(found) == pytest.approx(float(leverages.sum()), rel=1e-10)
+
+
+def test_one_run_gives_the_effective_dimension_at_every_damping():
+    A, dampings = free(rotated(VALUES)), 10 ** linspace(-3, 4, 6).reshape(2, 3)
+    curve = cv.effective_dimension(A, damping=dampings, products=150)
+    exact = (VALUES / (VALUES + dampings.unsqueeze(-1))).sum(-1)
+    low, high = curve.interval(0.9999)
+    assert curve.value.shape == (2, 3) and curve.cost.products <= 150
+    assert (low <= exact).all() and (exact <= high).all() and (high - low < 0.25 * exact).all()
+    assert (curve.value.flatten().diff() < 0).all()
+    one = cv.effective_dimension(A, damping=float(dampings[0, 1]), products=150)
+    torch.testing.assert_close(curve.value[0, 1], one.value, rtol=1e-2, atol=0)
+
+
+def test_negative_eigenvalues_have_no_effective_dimension():
+    values = torch.cat([tensor(-8, -1), linspace(0, 1, 98)])
+    found = cv.effective_dimension(free(rotated(values)), damping=0.5, products=100)
+    assert float(found) == pytest.approx(float((values[2:] / (values[2:] + 0.5)).sum()), rel=1e-10)
+
+
 def test_the_zero_matrix_has_no_ranks():
     A = free(torch.zeros(50, 50, dtype=torch.float64))
     assert float(cv.frobenius_norm(A)) == 0
@@ -207,6 +241,8 @@ def test_interrupts_return_what_there_is():
     [
         (lambda: cv.spectral_moments(cv.Diagonal(VALUES), 0), "highest is a power, 1 or more, but got 0"),
         (lambda: cv.logdet(cv.Dense(torch.randn(3, 3))), r"logdet needs a symmetric operator, .* A\.adjoint\(\) @ A"),
+        (lambda: cv.effective_dimension(cv.Diagonal(VALUES), damping=0.0), "positive and finite, but got 0.0"),
+        (lambda: cv.effective_dimension(cv.Diagonal(VALUES), damping=tensor(1, -1)), "damping is positive"),
         (lambda: cv.frobenius_norm(free(rotated(VALUES)), products=1), "at least 2 products"),
         (lambda: cv.frobenius_norm(free(rotated(VALUES)), rtol=-1.0), "rtol is a positive number"),
     ],
