@@ -32,7 +32,7 @@ from curvature.objective.products import gradient_of
 Mode = Literal["eval", "train"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Objective:
     """A loss as a function of the selected parameters, on fixed data, in a stated mode.
 
@@ -136,6 +136,11 @@ class Objective:
             raise ValueError(f"mode is 'eval' or 'train', but got {self.mode!r}.")
         if not 0 <= self.l2 < float("inf"):
             raise ValueError(f"l2 is a finite number, 0 or more, but got {self.l2!r}.")
+
+    def __repr__(self) -> str:
+        what, space = type(self.function.module).__name__, self.space
+        where = f"{space.size:,} parameters, {space.dtype}, {space.device}, {self.mode} mode"
+        return f"<Objective: {self.function.name} of {what}, {where}>"
 
     @cached_property
     def space(self) -> ParamSpace:

@@ -871,3 +871,9 @@ def test_the_average_is_over_terms_not_batches(case: Case):
     whole = case.objective()
     for sizes in ((1, len(case.inputs) - 1), (2, 1, len(case.inputs) - 3)):
         torch.testing.assert_close(case.objective(sizes).value(), whole.value(), rtol=1e-12, atol=0)
+
+
+def test_it_says_what_it_is_in_a_line():
+    objective = cv.Objective.of(nn.Linear(3, 2), nn.CrossEntropyLoss(), (torch.ones(4, 3), torch.tensor([0, 1, 0, 1])))
+    shown = "<Objective: CrossEntropy() of Linear, 8 parameters, torch.float32, cpu, eval mode>"
+    assert repr(objective) == shown
