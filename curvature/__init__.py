@@ -23,12 +23,12 @@ from curvature.linalg.functional import trace_of as trace_of
 from curvature.linalg.functions import eigenvalues as eigenvalues
 from curvature.linalg.functions import power as power
 from curvature.linalg.inverse import inverse as inverse
+from curvature.linalg.least_squares import lstsq as lstsq
 from curvature.linalg.lowrank import nystrom as nystrom
 from curvature.linalg.operator import Identity as Identity
 from curvature.linalg.operator import LinearOperator as LinearOperator
 from curvature.linalg.operator import MatrixFree as MatrixFree
 from curvature.linalg.operator import identity as identity
-from curvature.linalg.solve import Solution as Solution
 from curvature.linalg.solve import solve as solve
 from curvature.linalg.space import Space as Space
 from curvature.linalg.spectrum import SpectralDensity as SpectralDensity
@@ -40,6 +40,7 @@ from curvature.linalg.structured import Kronecker as Kronecker
 from curvature.linalg.structured import LowRank as LowRank
 from curvature.linalg.structured import Outer as Outer
 from curvature.linalg.structured import Spectral as Spectral
+from curvature.linalg.systems import Solution as Solution
 from curvature.linalg.trace import trace as trace
 from curvature.linalg.window import GradientWindow as GradientWindow
 from curvature.objective.losses import Likelihood as Likelihood

@@ -1,4 +1,4 @@
-"""Psd matrices by what a few random vectors see of them."""
+"""Psd matrices by what a few vectors see of them: random ones, or the directions of a solve."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from curvature.linalg.deflation import beyond
 from curvature.linalg.krylov import ROUNDED
 from curvature.linalg.measurement import Measurement
 from curvature.linalg.operator import LinearOperator, as_operator
-from curvature.linalg.structured import LowRank
+from curvature.linalg.space import Space
+from curvature.linalg.structured import LowRank, Outer
 from curvature.progress import Run
 
 FIRST = 8  # the rank that is tried first, and then twice as many
@@ -97,3 +98,48 @@ def _approximated(
     kept = values > space.eps * values.max().clamp(min=0)
     vectors = space.orthonormal(space.combine(turn.T[kept] / squares.flip(0)[kept].sqrt().unsqueeze(1), half))
     return values[kept][: len(vectors)], vectors
+
+
+def recycled(
+    space: Space,
+    directions: Float[Tensor, "d n"],
+    images: Float[Tensor, "d n"],
+    known: LowRank | None,
+    rank: int,
+) -> tuple[Float[Tensor, " r"], Float[Tensor, "r n"]]:
+    """Up to `rank` eigenvalues, descending, and eigenvectors of Nystrom's approximation of A from its products with the
+    directions.
+
+    Where `known` is the inverse of an earlier one plus damping mu, its quasi-Newton update: B = earlier + mu I becomes
+    B - (B on the directions) + (A + mu I on the directions), which is positive definite, does to the directions what
+    A + mu I does, and else what B did. What it has below mu is dropped.
+    """
+    squares, turn = torch.linalg.eigh(space.inner(directions, directions))
+    some = squares > space.eps**0.5  # of directions of length 1: what rounding has left of others would be blown up
+    turn = (turn[:, some] / squares[some].sqrt()).T
+    P, images = space.combine(turn, directions), space.combine(turn, images)
+    if known is not None and known.shift > 0 and known.psd:
+        mu, U = 1 / known.shift, known.vectors
+        values = 1 / (known.values + known.shift).clamp(min=space.eps * known.shift) - mu
+    else:
+        mu, U, values = 0.0, space.empty, squares[:0]
+    earlier = space.combine(values.clamp(min=0).sqrt().diag(), U)
+    before = space.combine(space.inner(P, earlier), earlier) + mu * P
+    parts = [earlier, _half(space, P, images + mu * P), _half(space, P, before)]
+    rows = torch.cat(parts)
+    if not len(rows):
+        return squares[:0], rows
+    signs = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
+    signs[len(rows) - len(parts[-1]) :] = -1
+    whole = Outer(rows, signs.diag(), space=space).spectral
+    order = whole.values.argsort(descending=True)[:rank]
+    order = order[whole.values[order] > space.eps * whole.values.max()]
+    return whole.values[order], whole.vectors[order]
+
+
+def _half(space: Space, P: Float[Tensor, "d n"], images: Float[Tensor, "d n"]) -> Float[Tensor, "r n"]:
+    """Rows H with H^T H = images^T (P images^T)^-1 images, for orthonormal P: Nystrom's approximation."""
+    core = space.inner(P, images)
+    values, turn = torch.linalg.eigh((core + core.T) / 2)
+    some = values > space.eps * values.abs().max()
+    return space.combine((turn[:, some] / values[some].sqrt()).T, images)

@@ -24,7 +24,8 @@ SPENT, ASKED, WITNESS = "_spent", "_asked", "_witness"
 
 
 class Measurement:
-    """What a question has asked of an operator so far. Every product of a measurement goes through `apply`.
+    """What a question has asked of an operator so far. Every product of a measurement goes through `apply` or
+    `apply_transposed`. `square` says whether the question is only for operators that are.
 
     With a checkpoint what was computed is read from there as long as there is some. All questions are functions of the
     products and their options alone, so that the rest comes out as it would have.
@@ -38,11 +39,12 @@ class Measurement:
         options: Mapping[str, Any],
         seed: int | None = None,
         run: Run | None = None,
+        square: bool = True,
     ) -> None:
-        if A.shape[0] != A.shape[1]:
+        if square and A.shape[0] != A.shape[1]:
             raise ValueError(f"{question} needs a square operator, but got {A.shape}.")
-        if A.shape[0] == 0:
-            raise ValueError(f"{question} needs an operator with at least one row, but got {A.shape}.")
+        if 0 in A.shape:
+            raise ValueError(f"{question} needs an operator with at least one row and one column, but got {A.shape}.")
         self.operator, self.question = A, question
         self.options, self.seed = dict(options), seed
         self.run = run or Run()
@@ -53,13 +55,17 @@ class Measurement:
         self._next: dict[str, Tensor] | None = None  # what was read of it but not used
         self._trusted = False  # that the operator gives the products in it
         self._inside = False  # of `once`
-        self._witness: Tensor | None = None  # (2, n) a row and its product
+        self._witness: Tensor | None = None  # (n + m,) a row and its product
         if A.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(A.device)
 
-    def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
+    def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k m"]:
         """A times each row; NonFinite when a product is not finite, which would poison all that follows."""
         return self.once(lambda: {"products": self._multiplied(rows)}, rows)["products"]
+
+    def apply_transposed(self, rows: Float[Tensor, "k m"]) -> Float[Tensor, "k n"]:
+        """A^T times each row, likewise."""
+        return self.once(lambda: {"products": self._checked(self._transpose, rows)}, rows)["products"]
 
     def once(self, compute: Callable[[], Record], rows: Float[Tensor, "k n"]) -> Record:
         """What `compute` makes of the products with `rows`; where the checkpoint holds that, what it says."""
@@ -70,8 +76,9 @@ class Measurement:
             record = self._computed(compute)
             self._journal.append({**record, ASKED: asked, SPENT: self._spent})
             return record
-        fresh = {} if self._trusted else self._computed(compute)
-        self._compare(record, {**fresh, ASKED: asked})
+        self._compare(record, {ASKED: asked})
+        if not self._trusted:
+            self._compare(record, self._computed(compute))
         return self._taken()
 
     def resume(self) -> Record | None:
@@ -79,11 +86,12 @@ class Measurement:
         record = None if self.run.checkpoint is None else self._peek()
         if record is None or WITNESS not in record:
             return None
-        row, product = record.pop(WITNESS).to(self.operator.device, self.operator.dtype)
+        witness = record.pop(WITNESS).to(self.operator.device, self.operator.dtype)
+        row, product = witness.split(self.operator.shape[::-1])
         spent = self.products
         self._compare({WITNESS: product.cpu()}, {WITNESS: self._multiplied(row[None])[0]})
         self.products = spent
-        self._witness = torch.stack([row, product])
+        self._witness = witness
         return self._taken()
 
     def keep(self, state: Record) -> None:
@@ -95,7 +103,7 @@ class Measurement:
         if self._witness is None:  # all products until now were read
             row = self.operator.domain.draw(1, seed=0)[0]
             spent = self.products
-            self._witness = torch.stack([row, self._multiplied(row[None])[0]])
+            self._witness = torch.cat([row, self._multiplied(row[None])[0]])
             self.products = spent
         self._journal.replace({**state, WITNESS: self._witness, SPENT: self._spent})
 
@@ -145,19 +153,27 @@ class Measurement:
             origin=self.origin,
         )
 
-    def _multiplied(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
+    def _multiplied(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k m"]:
+        product = self._checked(self.operator, rows)
+        if self.run.checkpoint is not None and self._witness is None and len(rows):
+            self._witness = torch.cat([rows[0], product[0]])
+        return product
+
+    def _checked(self, A: LinearOperator, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k m"]:
         if self.products == 0:
             describe(self.operator)  # hashes model and data: should that fail, then before the work
         self.products += len(rows)
-        product = self.operator.apply(rows).detach()  # of a matrix that is a parameter, say
-        if self.run.checkpoint is not None and self._witness is None and len(rows):
-            self._witness = torch.stack([rows[0], product[0]])
+        product = A.apply(rows).detach()  # of a matrix that is a parameter, say
         if not torch.isfinite(product).all():
             raise NonFinite(
                 f"A product with {self.operator!r} has entries that are not finite.",
                 "Check the weights and the loss for NaN and overflow, or measure in float64.",
             )
         return product
+
+    @cached_property
+    def _transpose(self) -> LinearOperator:
+        return self.operator.adjoint()
 
     @cached_property
     def _journal(self) -> Journal:

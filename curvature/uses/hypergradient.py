@@ -16,7 +16,8 @@ from torch import Tensor
 from curvature.errors import BadObjective, listing
 from curvature.linalg.memory import peak_bytes
 from curvature.linalg.operator import LinearOperator
-from curvature.linalg.solve import Solution, SolveMethod, solve
+from curvature.linalg.solve import SolveMethod, solve
+from curvature.linalg.systems import Solution
 from curvature.objective.batches import digest
 from curvature.objective.objective import Objective
 from curvature.objective.params import ParamSpace

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from curvature.linalg.operator import LinearOperator
-from curvature.linalg.solve import Solution, solve
+from curvature.linalg.solve import solve
+from curvature.linalg.systems import Solution
 from curvature.objective.objective import Objective
 from curvature.operators.engine import need_objective
 from curvature.operators.gauss_newton import ggn

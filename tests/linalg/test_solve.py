@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from matrices import Stopping, free, linspace, rotated, scaling, tensor
@@ -246,16 +248,28 @@ def test_bad_input_is_refused():
         cv.solve(cv.Dense(torch.randn(N, N)), torch.ones(N))
     with pytest.raises(ValueError, match="method is 'auto', 'cg'"):
         cv.solve(A, torch.ones(N), method="lu")
-    with pytest.raises(ValueError, match=r"not positive definite: r . M r"):
-        cv.solve(A, sides(1), preconditioner=-1.0 * cv.identity(A.domain))
     with pytest.raises(ValueError, match=r"symmetric and of torch\.float64"):
         cv.solve(A, sides(1), preconditioner=cv.Dense(torch.eye(N)))
     with pytest.raises(cv.NonFinite, match="with the preconditioner"):
         cv.solve(A, sides(1), preconditioner=cv.Diagonal(torch.full((N,), float("nan"), dtype=torch.float64)))
-    with pytest.raises(ValueError, match="neumann takes none"):
-        cv.solve(A, sides(1), method="neumann", preconditioner=cv.identity(A.domain))
-    with pytest.raises(ValueError, match="max_steps >= 1"):
-        cv.solve(A, sides(1), max_steps=0)
+    whole = cv.Dense(rotated(DEFINITE["flat"]), psd=True)
+    for method in ("neumann", "newton-schulz"):
+        with pytest.raises(ValueError, match=f"{method} takes none"):
+            cv.solve(whole, sides(1), method=method, preconditioner=cv.identity(A.domain))
+    with pytest.raises(
+        ValueError, match=r"newton-schulz takes a matrix that is held whole, not <.*Dense\(A\.dense\(\)\)"
+    ):
+        cv.solve(A, sides(1), method="newton-schulz")
+    for count in (-1, 2.5):
+        with pytest.raises(ValueError, match=f"recycle is a number of directions, 0 or more, but got {count}"):
+            cv.solve(whole, sides(1), recycle=count)
+    with pytest.raises(ValueError, match=r"Only directions of cg with a psd matrix are recycled, but got minres"):
+        cv.solve(whole, sides(1), method="minres", recycle=3)
+    with pytest.raises(ValueError, match=r"Only directions of cg with a psd matrix are recycled, but got cg"):
+        cv.solve(A, sides(1), method="cg", recycle=3)
+    for steps in (0, 2.5, None):
+        with pytest.raises(ValueError, match=rf"max_steps >= 1, a whole number,.*but got 1e-05, {steps} and 0.0"):
+            cv.solve(A, sides(1), max_steps=steps)
 
 
 @pytest.mark.parametrize("case", zoo()[:4], ids=str)
@@ -277,3 +291,212 @@ def test_a_preconditioner_of_another_metric_does_not_stop_minimal_residuals():
     found = cv.solve(free(matrix), b, method="minres", preconditioner=near, rtol=1e-8)
     check(matrix, b, found)
     assert found.converged.all()
+
+
+@METHOD
+@pytest.mark.parametrize(
+    "size, dtype", [(1e-40, torch.float32), (1e38, torch.float32), (1e-300, torch.float64), (1e300, torch.float64)]
+)
+def test_right_hand_sides_of_any_size_are_solved(size, dtype, method):
+    """Whose squares are beyond what the dtype, or float64, can tell."""
+    matrix, b = rotated(DEFINITE["flat"]).to(dtype), sides(2, dtype)
+    b = b / b.abs().max()
+    expected = cv.solve(free(matrix), b, method=method).x
+    found = cv.solve(free(matrix), torch.stack([size * b[:, 0], b[:, 1]], 1), method=method)
+    assert found.converged.all() and found.steps.min() > 1
+    torch.testing.assert_close(found.x[:, 0] / size, expected[:, 0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.x[:, 1], expected[:, 1])
+
+
+def test_a_checkpoint_of_another_right_hand_side_is_told_from_one_of_another_matrix(tmp_path):
+    matrix, b, run = rotated(DEFINITE["flat"]), sides(2), cv.Run(checkpoint=tmp_path / "c")
+    whole = cv.solve(free(matrix), b, run=run)
+    assert torch.equal(cv.solve(free(matrix), b, run=run).x, whole.x)
+    with pytest.raises(cv.BadFile, match="are with other vectors than asked"):
+        cv.solve(free(matrix), b + 1, run=run)
+    with pytest.raises(cv.BadFile, match="are not those of <symmetric MatrixFree"):
+        cv.solve(free(matrix + EYE), b, run=run)
+
+
+@METHOD
+@pytest.mark.parametrize("after", range(2, 7))
+def test_an_interrupt_in_the_preconditioner_leaves_residuals_of_its_solution(method, after):
+    matrix, b = rotated(DEFINITE["spiked"]), sides(2)
+    near = cv.Diagonal(1 / matrix.diagonal())
+    M = cv.MatrixFree(Stopping(after, near.apply), near.domain, psd=True)
+    with pytest.raises(cv.Interrupted) as stop:
+        cv.solve(free(matrix), b, method=method, preconditioner=M)
+    found = stop.value.result
+    check(matrix, b, found)
+    assert found.steps.tolist() == [after - 1] * 2 and not found.complete
+
+
+@METHOD
+def test_a_preconditioner_that_is_not_positive_definite_stops_only_those_it_fails(method):
+    values, b = linspace(1, 3, N), torch.zeros(N, 2, dtype=torch.float64)
+    b[: N // 2, 0], b[N // 2 :, 1] = sides(2)[: N // 2].T
+    M = cv.Diagonal(torch.where(torch.arange(N) < N // 2, -1.0, 1.0).double())
+    with pytest.raises(cv.NotConverged, match=r"1 of 2 .*not positive definite: r . M r is -.*more damping") as caught:
+        cv.solve(scaling(values), b, method=method, preconditioner=M, rtol=1e-9)
+    found = caught.value.solution
+    assert found.converged.tolist() == [False, True]
+    torch.testing.assert_close(found.x[:, 1], b[:, 1] / values, rtol=0, atol=1e-8)
+    assert (found.x[:, 0] == 0).all() and found.residuals[0] == 1
+
+
+@METHOD
+def test_no_right_hand_sides_have_no_solutions(method):
+    found = cv.solve(free(rotated(DEFINITE["flat"])), torch.ones(N, 0, dtype=torch.float64), method=method)
+    assert found.x.shape == (N, 0) and found.cost.products == 0
+    assert found.summary()["solved"] == "0 of 0 right-hand sides"
+
+
+# --------------------------------------------------------------------------------------------- Newton-Schulz
+
+
+@pytest.mark.parametrize("dtype, tightest", [(torch.float64, 1e-11), (torch.float32, 1e-4)], ids=str)
+@pytest.mark.parametrize("name", [*DEFINITE, *INDEFINITE])
+def test_newton_schulz_solves_definite_and_indefinite_systems(name, dtype, tightest):
+    matrix, b = rotated({**DEFINITE, **INDEFINITE}[name]).to(dtype), sides(3, dtype)
+    found = cv.solve(cv.Dense(matrix), b, damping=0.01, method="newton-schulz", rtol=tightest)
+    left = b.double() - matrix.double() @ found.x.double() - 0.01 * found.x.double()
+    residuals = left.norm(dim=0) / b.double().norm(dim=0)
+    torch.testing.assert_close(found.residuals, residuals, rtol=1e-3, atol=1e3 * torch.finfo(dtype).eps)
+    assert found.converged.all() and found.x.dtype == dtype
+    exact = torch.linalg.solve(matrix.double() + 0.01 * EYE, b.double())
+    torch.testing.assert_close(found.x.double(), exact, rtol=0, atol=100 * tightest * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("condition", [1e1, 1e4, 1e7])
+def test_newton_schulz_takes_twice_the_logarithm_of_the_condition_number(condition):
+    values = torch.logspace(0, -torch.tensor(condition).log10(), N, dtype=torch.float64)
+    found = cv.solve(cv.Dense(rotated(values)), sides(2), method="newton-schulz", rtol=1e-6)
+    steps = int(found.steps.max())
+    assert found.converged.all() and 2 * math.log2(condition) < steps < 2 * math.log2(condition) + math.log2(N) + 8
+    assert found.cost.products == steps * N + int(found.steps.sum()) + 2 * (1 + steps // 50)  # and looks
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_newton_schulz_of_singular_matrices_ends_at_about_the_least_residual(dtype):
+    matrix = rotated(torch.cat([linspace(1, 9, 90), torch.zeros(N - 90, dtype=torch.float64)]))
+    b, A = sides(2), cv.Dense(matrix.to(dtype))
+    with pytest.raises(cv.NotConverged, match=r"as far as .* goes.*b in its range") as caught:
+        cv.solve(A, b, method="newton-schulz")
+    least = (b - matrix @ torch.linalg.pinv(matrix, rtol=1e-9) @ b).norm(dim=0) / b.norm(dim=0)
+    torch.testing.assert_close(caught.value.solution.residuals, least, rtol=2e-2, atol=0)
+    inside = cv.solve(A, (matrix @ b).to(dtype), method="newton-schulz")
+    torch.testing.assert_close(matrix @ inside.x.double(), matrix @ b, rtol=0, atol=1e-3)
+    for steps in (cv.solve(A, b, method="newton-schulz", rtol=0).steps, inside.steps):
+        assert steps.max() < 70
+    with pytest.raises(cv.NotConverged, match=r"relative residual of 1\.0e\+00"):
+        cv.solve(cv.Dense(torch.zeros(N, N, dtype=dtype)), b, method="newton-schulz")
+
+
+# --------------------------------------------------------------------------------------------- recycling
+
+OUTLIERS = torch.cat([torch.logspace(1, 3, 30, dtype=torch.float64), linspace(0, 1, 370) ** 3])
+
+
+class Drifting:
+    """Psd matrices with 30 outliers, each with eigenvectors a little turned from those of the one before."""
+
+    def __init__(self, turn: float, dtype: torch.dtype = torch.float64) -> None:
+        self.turn, self.dtype, self.generator = turn, dtype, torch.Generator().manual_seed(0)
+        self.vectors = torch.linalg.qr(self.normal(400, 400)).Q
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+
+    def __call__(self, k: int = 1) -> tuple[cv.Dense, torch.Tensor]:
+        matrix = (self.vectors * OUTLIERS) @ self.vectors.T
+        self.vectors = torch.linalg.qr(self.vectors + self.turn / 20 * self.normal(400, 400)).Q
+        return cv.Dense(matrix.to(self.dtype), psd=True), self.normal(400, k).to(self.dtype)
+
+
+def test_what_is_recycled_is_nystrom_of_the_first_directions():
+    A, b = Drifting(0)()
+    found = cv.solve(A, b, damping=0.1, recycle=12)
+    rows = [b[:, 0]]
+    for _ in range(11):
+        rows.append(A.matrix @ rows[-1] / rows[-1].norm())
+    Q = torch.linalg.qr(torch.stack(rows, 1)).Q  # of conjugate directions it is the Krylov space
+    image = A.matrix @ Q
+    expected = image @ torch.linalg.solve(Q.T @ image, image.T)
+    torch.testing.assert_close(found.recycled.dense(), expected, rtol=0, atol=1e-6 * float(expected.norm()))
+    assert (found.recycled.values.diff() <= 0).all() and found.recycled.psd and len(found.recycled.values) == 12
+    assert torch.linalg.eigvalsh(A.matrix - found.recycled.dense()).min() > -1e-6
+    plain = cv.solve(A, b, damping=0.1)
+    assert torch.equal(found.x, plain.x) and found.cost.products == plain.cost.products and plain.recycled is None
+
+
+@pytest.mark.parametrize("k, directions", [(1, 45), (3, 135)])
+@pytest.mark.parametrize("damping", [0.1, 0.01])
+def test_a_perturbed_system_takes_a_quarter_of_the_products(damping, k, directions):
+    systems, options = Drifting(1e-3), {"damping": damping, "rtol": 1e-8, "max_steps": 2000}
+    first = cv.solve(*systems(k), **options, recycle=directions)
+    A, b = systems(k)
+    plain = cv.solve(A, b, **options)
+    helped = cv.solve(A, b, **options, preconditioner=cv.inverse(first.recycled, damping=damping))
+    assert 4 * helped.cost.products < plain.cost.products
+    torch.testing.assert_close(helped.x, plain.x, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype, damping, rtol", [(torch.float64, 0.1, 1e-8), (torch.float32, 1.0, 1e-3)], ids=str)
+def test_a_sequence_of_drifting_systems_stays_at_a_quarter(dtype, damping, rtol):
+    systems, preconditioner = Drifting(1e-3, dtype), None
+    options = {"damping": damping, "rtol": rtol}
+    plain = cv.solve(*systems(), **options).cost.products
+    products = []
+    for _ in range(12):
+        found = cv.solve(*systems(), **options, recycle=45, preconditioner=preconditioner)
+        assert len(found.recycled.values) <= 45 and found.recycled.psd
+        preconditioner = cv.inverse(found.recycled, damping=damping)
+        products.append(found.cost.products)
+    assert products[0] > 0.9 * plain and max(products[1:]) < plain / 4
+
+
+@pytest.mark.parametrize("turn", [1e-3, 1e-2])
+def test_what_was_known_is_kept_where_new_directions_say_nothing_else(turn):
+    systems, options = Drifting(turn), {"damping": 0.1, "rtol": 0, "recycle": 45}
+    first = cv.solve(*systems(), **options, max_steps=200).recycled
+    A, b = systems()
+    M = cv.inverse(first, damping=0.1)
+    both = cv.solve(A, b, **options, max_steps=10, preconditioner=M).recycled
+    alone = cv.solve(A, b, **options, max_steps=10).recycled
+    direction = M @ b  # the first that is multiplied
+    truth = A @ direction
+    assert (both @ direction - truth).norm() < 0.1 * (first @ direction - truth).norm()
+    A, b = systems()
+    after_both, after_first, after_alone = (
+        int(cv.solve(A, b, damping=0.1, rtol=1e-8, preconditioner=cv.inverse(known, damping=0.1)).steps)
+        for known in (both, first, alone)
+    )
+    assert after_both <= after_first and after_both < after_alone / 2
+
+
+def test_a_matrix_that_is_zero_or_a_solution_that_is_leaves_nothing_to_recycle():
+    A = cv.Dense(torch.zeros(N, N, dtype=torch.float64), psd=True)
+    found = cv.solve(A, sides(1), damping=1.0, recycle=5)
+    assert len(found.recycled.values) == 0 and torch.equal(found.recycled @ sides(1), 0 * sides(1))
+    again = cv.solve(A, sides(1), damping=1.0, recycle=5, preconditioner=cv.inverse(found.recycled, damping=1.0))
+    assert again.converged.all() and len(again.recycled.values) == 0
+    assert cv.solve(A, 0 * sides(1), damping=1.0, recycle=5).recycled is None
+
+
+def test_a_solution_with_directions_is_saved_loaded_and_interrupted(tmp_path):
+    A, b = Drifting(0)()
+    found = cv.solve(A, b, damping=0.1, recycle=20)
+    loaded = cv.Solution.load(found.save(tmp_path))
+    assert torch.equal(loaded.recycled.dense(), found.recycled.dense()) and str(loaded) == str(found)
+    assert found.summary()["recycled"] == "rank 20"
+    stopping = cv.MatrixFree(Stopping(5, A.apply), A.domain, psd=True)
+    with pytest.raises(cv.Interrupted) as stop:
+        cv.solve(stopping, b, damping=0.1, recycle=20)
+    assert len(stop.value.result.recycled.values) == 5
+
+
+def test_a_matrix_that_only_says_it_is_psd_keeps_its_solution():
+    A = free(rotated(INDEFINITE["a few negative"]))
+    A.psd = True
+    found = cv.solve(A, sides(2), damping=3.0, recycle=60, rtol=1e-8)
+    assert found.converged.all() and found.recycled.psd
