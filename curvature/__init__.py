@@ -9,6 +9,8 @@ from curvature.errors import NonFinite as NonFinite
 from curvature.errors import NotConverged as NotConverged
 from curvature.errors import TooLarge as TooLarge
 from curvature.errors import UnsafeFile as UnsafeFile
+from curvature.linalg.compressed import LowRankWindow as LowRankWindow
+from curvature.linalg.compressed import SparseWindow as SparseWindow
 from curvature.linalg.diagonal import block_traces as block_traces
 from curvature.linalg.diagonal import diagonal as diagonal
 from curvature.linalg.eigen import eigsh as eigsh
@@ -39,6 +41,7 @@ from curvature.linalg.structured import Diagonal as Diagonal
 from curvature.linalg.structured import Kronecker as Kronecker
 from curvature.linalg.structured import LowRank as LowRank
 from curvature.linalg.structured import Outer as Outer
+from curvature.linalg.structured import OuterBlocks as OuterBlocks
 from curvature.linalg.structured import Spectral as Spectral
 from curvature.linalg.systems import Solution as Solution
 from curvature.linalg.trace import trace as trace

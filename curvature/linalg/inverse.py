@@ -11,7 +11,7 @@ from curvature.linalg.functions import Unstructured, power
 from curvature.linalg.measurement import describe
 from curvature.linalg.operator import LinearOperator
 from curvature.linalg.solve import solve
-from curvature.linalg.structured import BlockDiagonal, Outer
+from curvature.linalg.structured import BlockDiagonal, Outer, OuterBlocks
 
 
 def inverse(
@@ -35,7 +35,7 @@ def inverse(
     [0.25, 0.25, 0.25]
     """
     match A:
-        case Outer():
+        case Outer() | OuterBlocks():
             return A.inverse(damping)
         case BlockDiagonal():
             options = {"damping": damping, "rtol": rtol, "max_steps": max_steps}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,9 @@ from curvature.linalg.operator import Identity, LinearOperator, MatrixFree, Scal
 from curvature.linalg.space import Space
 
 COLUMNS = 1 << 16  # upcast at a time
+RUN = 256  # products that are summed in their own precision: the sums then lose less than the products have lost
+SLAB = 1 << 20  # columns read at a time: so much of a vector stays in a cache
+GROUP = 8  # rows read at a time: of more MKL takes a kernel that reads at half the bandwidth of a CPU
 
 
 class Dense(LinearOperator):
@@ -180,28 +183,57 @@ class Rows(LinearOperator):
 
 
 class DenseRows(Rows):
-    """The rows of a tensor."""
+    """The rows of a tensor, in any dtype: what is computed is float32 at least, and the dtype of the space."""
 
     def __init__(self, rows: Float[Tensor, "r n"], space: Space | None = None) -> None:
         super().__init__(len(rows), space or Space(rows.shape[1], rows.dtype, rows.device))
         self.rows = rows
+        self.precision = torch.promote_types(torch.promote_types(rows.dtype, self.domain.dtype), torch.float32)
 
     def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k r"]:
-        return self.domain.inner(rows, self.rows)
+        if len(rows) > GROUP or self.rows.dtype == torch.float64:  # arithmetic takes longer than reading
+            return self.domain.inner(self.rows, rows.to(torch.promote_types(rows.dtype, self.rows.dtype))).T
+        products = torch.zeros(len(rows), len(self.rows), dtype=torch.float64, device=rows.device)
+        for some, piece in self._pieces():
+            left, right = (x.to(self.precision) for x in (rows[:, piece], self.rows[some, piece]))
+            products[:, some] += _inner(left, right)
+        return products
 
     def combine(self, coefficients: Float[Tensor, "k r"]) -> Float[Tensor, "k n"]:
-        return self.domain.combine(coefficients, self.rows)
+        coefficients = coefficients.to(self.precision)
+        if self.rows.dtype == self.precision:
+            return (coefficients @ self.rows).to(self.domain.dtype)
+        total = torch.zeros(len(coefficients), self.shape[1], dtype=self.precision, device=self.device)
+        for some, piece in self._pieces():
+            total[:, piece].addmm_(coefficients[:, some], self.rows[some, piece].to(self.precision))
+        return total.to(self.domain.dtype)
 
     def columns(self, places: slice | Tensor) -> Float[Tensor, "r e"]:
         return self.rows[:, places].double()
+
+    def _pieces(self) -> Iterator[tuple[slice, slice]]:
+        """The rows and columns of pieces that are read one after the other."""
+        group = len(self.rows) if self.rows.is_cuda else GROUP
+        columns = SLAB if self.rows.dtype == self.precision else COLUMNS
+        for left in range(0, self.shape[1], columns):
+            for top in range(0, len(self.rows), group):
+                yield slice(top, top + group), slice(left, left + columns)
+
+
+def _inner(u: Float[Tensor, "k n"], v: Float[Tensor, "l n"]) -> Float[Tensor, "k l"]:
+    """u v^T in float64, at the speed of a product in the dtype of both: summed in that over `RUN` columns only."""
+    runs = u.shape[1] // RUN
+    left, right = (x[:, : runs * RUN].unflatten(1, (runs, RUN)).transpose(0, 1) for x in (u, v))
+    rest = u[:, runs * RUN :] @ v[:, runs * RUN :].T
+    return torch.bmm(left, right.mT).sum(0, dtype=torch.float64) + rest
 
 
 class Outer(LinearOperator):
     """rows^T core rows + shift I for any rows (r, n) and a symmetric core (r, r): a sum of outer products.
 
     Its inverse is of the same form (Woodbury 1950), so that one of m gradients is inverted in O(m^2 n) and applied in
-    O(m n). `rows` are a tensor, or an operator that returns float64; `gram` = rows rows^T in float64, where it is known.
-    `psd` is taken on trust.
+    O(m n). `rows` are a tensor, or an operator that returns float64; `gram` = rows rows^T in float64, where it is
+    known. `psd` is taken on trust.
     """
 
     symmetric = True
@@ -253,18 +285,127 @@ class Outer(LinearOperator):
 
     def inverse(self, damping: float) -> Outer:
         """(self + damping I)^-1."""
-        shift, one = self.shift + damping, torch.eye(len(self.core), dtype=torch.float64, device=self.core.device)
-        if shift == 0:
-            raise ValueError("A sum of fewer outer products than rows has an eigenvalue 0. Add damping.")
-        core = torch.linalg.solve(one + self.core @ self.gram / shift, self.core) / -(shift**2)
+        shift = self.shift + damping
         return Outer(
             self.rows,
-            (core + core.T) / 2,
+            _inverted(self.core, self.gram, shift),
             shift=1 / shift,
             gram=self.gram,
             psd=self.psd and shift > 0,
             source={"operator": "inverse", "damping": damping, "of": dict(self.source)},
         )
+
+
+class OuterBlocks(LinearOperator):
+    """Matrices rows^T core rows + shift I of one size B along the diagonal: Outer, b times at once.
+
+    `rows` (b, r, B) and `core` (b, r, r) are stacks. The space may end within the last block, if rows^T core rows is
+    zero from there on. `psd` is taken on trust.
+    """
+
+    symmetric = True
+
+    def __init__(
+        self,
+        rows: Float[Tensor, "b r B"],
+        core: Float[Tensor, "b r r"],
+        *,
+        shift: float = 0.0,
+        gram: Float[Tensor, "b r r"] | None = None,
+        space: Space | None = None,
+        psd: bool = False,
+        source: Mapping[str, Any] | None = None,
+    ) -> None:
+        if rows.ndim != 3 or core.shape != (*rows.shape[:2], rows.shape[1]):
+            got = f"{tuple(rows.shape)} and {tuple(core.shape)}"
+            raise TypeError(f"OuterBlocks takes rows (b, r, B) and a core (b, r, r), but got {got}.")
+        count, _, size = rows.shape
+        self.domain = self.codomain = space or Space(count * size, rows.dtype, rows.device)
+        if not (count - 1) * size < self.domain.size <= count * size:
+            raise ValueError(f"A space of {self.domain.size} is not cut into {count} blocks of {size}.")
+        self.rows, self.core, self.shift, self.psd = rows, core.double(), shift, psd
+        self.gram = torch.cat([some @ some.mT for some in upcast(rows)]) if gram is None else gram
+        self.precision = torch.promote_types(torch.promote_types(rows.dtype, self.domain.dtype), torch.float32)
+        self.source = source or {"operator": "OuterBlocks", "blocks": count, "rank": rows.shape[1]}
+
+    def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
+        count, _, size = self.rows.shape
+        x = rows.new_zeros(len(rows), count * size, dtype=self.precision)
+        x[:, : self.shape[0]] = rows
+        blocks = x.view(len(x), count, size).transpose(0, 1)  # (b, k, B)
+        stack = self.rows.to(self.precision)
+        inside = (blocks @ stack.mT).double() @ self.core
+        x = torch.baddbmm(blocks, inside.to(self.precision), stack, beta=self.shift).transpose(0, 1)
+        return x.reshape(len(rows), -1)[:, : self.shape[0]].to(self.dtype)
+
+    def entries(self, i: Tensor, j: Tensor) -> Float[Tensor, " e"]:
+        """The entries (i, j) for indices (e,) of rows and columns, each from r numbers of one block."""
+        size = self.rows.shape[2]
+        left, right = self.rows[i // size, :, i % size].double(), self.rows[j // size, :, j % size].double()
+        inside = torch.einsum("er,ers,es->e", left, self.core[i // size], right)
+        return inside * (i // size == j // size) + self.shift * (i == j)
+
+    @property
+    def diagonal(self) -> Float[Tensor, " n"]:
+        """The diagonal, in float64."""
+        pieces = zip(upcast(self.rows), upcast(self.core, like=self.rows), strict=True)
+        squares = torch.cat([(core @ some * some).sum(1).flatten() for some, core in pieces])
+        return squares[: self.shape[0]] + self.shift
+
+    @cached_property
+    def modes(self) -> tuple[Float[Tensor, "b r"], Float[Tensor, "b r r"]]:
+        """Eigenvalues without the shift, and T of which the columns of rows^T T are their eigenvectors: all zero where
+        the rows span less."""
+        squares, turn = torch.linalg.eigh(self.gram)
+        kept = squares > torch.finfo(torch.float64).eps * squares.shape[-1] * squares.amax(-1, keepdim=True)
+        lengths = torch.where(kept, squares, 0.0).sqrt().unsqueeze(-2)
+        left = turn * lengths  # core in the orthonormal basis of the rows is left^T core left
+        values, vectors = torch.linalg.eigh(left.mT @ self.core @ left)
+        values = values.clamp(min=-self.shift) if self.psd else values
+        return values, torch.where(lengths > 0, turn / lengths, 0.0) @ vectors
+
+    @property
+    def eigenvalues(self) -> Float[Tensor, " n"]:
+        """All of them."""
+        values = self.modes[0].flatten()
+        values = values[values.abs().argsort(descending=True)][: self.shape[0]]  # what is beyond belongs to no vector
+        return torch.cat([values, values.new_zeros(self.shape[0] - len(values))]) + self.shift
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> OuterBlocks:
+        """The matrix with the same eigenvectors and `function` of the eigenvalues."""
+        values, turn = self.modes
+        inside, outside = function(values + self.shift), function(values.new_full((1,), self.shift))
+        core = turn * (inside - outside).unsqueeze(-2) @ turn.mT
+        psd = bool((inside >= 0).all() and outside >= 0)
+        return OuterBlocks(self.rows, core, shift=float(outside), gram=self.gram, space=self.domain, psd=psd)
+
+    def inverse(self, damping: float) -> OuterBlocks:
+        """(self + damping I)^-1."""
+        shift = self.shift + damping
+        return OuterBlocks(
+            self.rows,
+            _inverted(self.core, self.gram, shift),
+            shift=1 / shift,
+            gram=self.gram,
+            space=self.domain,
+            psd=self.psd and shift > 0,
+            source={"operator": "inverse", "damping": damping, "of": dict(self.source)},
+        )
+
+
+def upcast(stack: Float[Tensor, "b r c"], *, like: Tensor | None = None) -> Iterator[Float[Tensor, "f r c"]]:
+    """A few matrices of a stack after the other in float64: as many as of `like`."""
+    few = max(1, GROUP * COLUMNS // (stack if like is None else like)[0].numel())
+    return (some.double() for some in stack.split(few))
+
+
+def _inverted(core: Float[Tensor, "*b r r"], gram: Float[Tensor, "*b r r"], shift: float) -> Float[Tensor, "*b r r"]:
+    """The core of (rows^T core rows + shift I)^-1, for gram = rows rows^T."""
+    if shift == 0:
+        raise ValueError("A sum of fewer outer products than rows has an eigenvalue 0. Add damping.")
+    one = torch.eye(core.shape[-1], dtype=torch.float64, device=core.device)
+    found = torch.linalg.solve(one + core @ gram / shift, core) / -(shift**2)
+    return (found + found.mT) / 2
 
 
 class BlockDiagonal(LinearOperator):
@@ -330,7 +471,7 @@ def known_trace(A: LinearOperator) -> Tensor | None:
             return A.values.double().sum()
         case LowRank():
             return A.values.sum() + A.shift * A.shape[0]
-        case Outer():
+        case Outer() | OuterBlocks():
             return (A.core * A.gram).sum() + A.shift * A.shape[0]
         case BlockDiagonal() | Sum():
             traces = [known_trace(part) for part in A.parts]
@@ -364,6 +505,8 @@ def known_diagonal(A: LinearOperator) -> Float[Tensor, " n"] | None:
         case Outer(rows=Rows() as rows):
             pieces = (slice(start, start + COLUMNS) for start in range(0, A.shape[0], COLUMNS))
             return torch.cat([(A.core @ some * some).sum(0) + A.shift for some in map(rows.columns, pieces)])
+        case OuterBlocks():
+            return A.diagonal
         case LowRank():
             squares = (value * row.double().square() for value, row in zip(A.values, A.vectors, strict=True))
             return sum(squares, torch.full((A.shape[0],), A.shift, dtype=torch.float64, device=A.device))
