@@ -43,11 +43,19 @@ def egn(objective: Objective, *, memory: Memory = "auto") -> Outer | Dense:
     With m outputs of all terms together it is known by an m x m matrix, the inner products of its rows, from as many
     backward passes as an example has outputs. These are made again for other layers where what comes back does not fit
     into `memory` bytes; the Jacobian is never held. A product, with the matrix or its inverse, is one with the Jacobian
-    and one with its transpose; trace, eigenvalues and log-determinant are exact. Where m is not below n the matrix is
-    made in parameter space, and held whole. TooLarge where neither fits.
+    and one with its transpose; trace, eigenvalues and log-determinant are exact. What a vector has outside of the rows,
+    its rounding included, the inverse divides by the damping: where that is small, measure in float64. Where m is not
+    below n the matrix is made in parameter space, and held whole. TooLarge where neither fits.
 
     It is the matrix of `ggn`, regulariser included, for all the data of the objective: as a rule one batch,
     `objective.on([batch])`. Korbit, Adeoye, Bemporad & Zanon 2024 (arXiv:2405.14402).
+
+    >>> from curvature import inverse
+    >>> plane, x = torch.nn.Linear(3, 1, bias=False), torch.tensor([[1.0, 1.0, 0.0]])
+    >>> objective = Objective.of(plane, "mse", (x, torch.ones(1, 1)), dtype=torch.float64)
+    >>> step = inverse(egn(objective), damping=1e-6) @ objective.gradient()  # to the nearest weights that fit
+    >>> (x.double() @ (objective.params["weight"][0] - step)).round(decimals=4)
+    tensor([1.], dtype=torch.float64)
     """
     need_objective("egn", objective)
     loss, space = likelihood(objective, "egn"), objective.space

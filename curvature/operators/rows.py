@@ -28,6 +28,12 @@ def example_gradients(objective: Objective) -> Float[Tensor, "N n"]:
     row of the outputs, or of the inputs where the outputs have several for each; in training mode, that row of the
     outputs as it depends on all of the batch. TooLarge where they do not fit: take fewer at a time, by
     `objective.split()`.
+
+    >>> line = torch.nn.Linear(1, 1, bias=False)
+    >>> _ = torch.nn.init.constant_(line.weight, 1.0)
+    >>> example_gradients(Objective.of(line, "mse", (torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1))))
+    tensor([[2.],
+            [8.]])
     """
     gradients = ExampleGradients(objective)
     counts = Passes(objective).each(lambda batch: leading(batch) or 1)

@@ -66,6 +66,14 @@ def influence(
     Examples are numbered in the order of the data; a batch of which no target counts is left out.
     The parameters should be near a minimum of `train`, and the network nearly linear in what one example changes:
     compare with retraining on some. Koh & Liang 2017 (arXiv:1703.04730); Pruthi et al. 2020 (arXiv:2002.08484).
+
+    >>> from curvature import egn, inverse
+    >>> line, x = torch.nn.Linear(1, 1, bias=False), torch.ones(3, 1)  # fitted: the mean of 1, 2 and 6
+    >>> _ = torch.nn.init.constant_(line.weight, 3.0)
+    >>> train = Objective.of(line, "mse", (x, torch.tensor([[1.0], [2.0], [6.0]])))
+    >>> at_four = train.on((torch.ones(1, 1), torch.tensor([[4.0]])))  # a test; without the 6 it would lose
+    >>> influence(train, at_four, inverse(egn(train))).scores[:, 0].tolist()  # doctest: +ELLIPSIS
+    [-1.33..., -0.66..., 2.0...]
     """
     asking = _Asking("influence", train, inverse, run)
 
