@@ -31,6 +31,8 @@ from curvature.linalg.operator import Identity as Identity
 from curvature.linalg.operator import LinearOperator as LinearOperator
 from curvature.linalg.operator import MatrixFree as MatrixFree
 from curvature.linalg.operator import identity as identity
+from curvature.linalg.outer import Outer as Outer
+from curvature.linalg.outer import OuterBlocks as OuterBlocks
 from curvature.linalg.solve import solve as solve
 from curvature.linalg.space import Space as Space
 from curvature.linalg.spectrum import SpectralDensity as SpectralDensity
@@ -40,8 +42,6 @@ from curvature.linalg.structured import Dense as Dense
 from curvature.linalg.structured import Diagonal as Diagonal
 from curvature.linalg.structured import Kronecker as Kronecker
 from curvature.linalg.structured import LowRank as LowRank
-from curvature.linalg.structured import Outer as Outer
-from curvature.linalg.structured import OuterBlocks as OuterBlocks
 from curvature.linalg.structured import Spectral as Spectral
 from curvature.linalg.systems import Solution as Solution
 from curvature.linalg.trace import trace as trace
@@ -71,10 +71,11 @@ from curvature.operators.kfac import ekfac as ekfac
 from curvature.operators.kfac import kfac as kfac
 from curvature.operators.lissa import lissa as lissa
 from curvature.operators.moments import ggn_diagonal as ggn_diagonal
-from curvature.operators.rows import example_gradients as example_gradients
+from curvature.operators.per_example import example_gradients as example_gradients
 from curvature.operators.subsamples import Subsampled as Subsampled
 from curvature.operators.subsamples import eigenvalue_errors as eigenvalue_errors
 from curvature.operators.subsamples import subsampled as subsampled
+from curvature.operators.window import gradient_window as gradient_window
 from curvature.progress import Progress as Progress
 from curvature.progress import Run as Run
 from curvature.result import Cost as Cost
@@ -88,6 +89,11 @@ from curvature.uses.influence import influence as influence
 from curvature.uses.influence import self_influence as self_influence
 from curvature.uses.laplace import Predictive as Predictive
 from curvature.uses.laplace import laplace_predictive as laplace_predictive
+from curvature.uses.masks import Mask as Mask
+from curvature.uses.masks import fish_mask as fish_mask
 from curvature.uses.natural_gradient import natural_gradient as natural_gradient
+from curvature.uses.pruning import Pruning as Pruning
+from curvature.uses.pruning import prune as prune
+from curvature.uses.pruning import saliency as saliency
 
 __version__ = "0.1.0"

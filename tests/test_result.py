@@ -63,6 +63,11 @@ KINDS = {
     "interrupted density": lambda: interrupted(cv.spectral_density, probes=3),
     "influence": lambda: cv.influence(SMALL, SMALL, cv.identity(SMALL.space)),
     "hypergradient": lambda: hypergradient(),
+    "pruning": lambda: cv.prune(SMALL, cv.identity(SMALL.space), sparsity=0.5),
+    "mask": lambda: cv.fish_mask(SMALL, 0.2),
+    "recycled solution": lambda: cv.solve(
+        cv.Dense(MATRIX @ MATRIX, psd=True), torch.ones(60).double(), damping=9.0, recycle=5
+    ),
     "predictive": lambda: cv.laplace_predictive(SMALL, torch.ones(3, 3).double(), cv.ggn_diagonal(SMALL), prior=1.0),
 }
 EVERY = pytest.mark.parametrize("make", KINDS.values(), ids=list(KINDS))

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from curvature.linalg.rows import DenseRows, Rows
 from curvature.linalg.space import Space
-from curvature.linalg.structured import DenseRows, Rows
 from curvature.linalg.window import Window
 
 ENTRIES = 1 << 18  # gathered at a time: they stay in a cache

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from curvature.errors import TooLarge
 from curvature.linalg.eigenpairs import Eigenpairs
+from curvature.linalg.known import known_trace
 from curvature.linalg.krylov import Krylov
 from curvature.linalg.measurement import Measurement
 from curvature.linalg.memory import need_basis
 from curvature.linalg.operator import LinearOperator
 from curvature.linalg.space import Space
-from curvature.linalg.structured import known_trace
 from curvature.result import Estimate
 
 BLOCK = 16  # vectors multiplied at once: one pass over the data for all of them

@@ -16,10 +16,10 @@ from torch import Tensor
 from curvature.linalg.deflation import blocks, columns
 from curvature.linalg.exchangeable import XTrace
 from curvature.linalg.goal import CAP, Budget, Goal, pursued
+from curvature.linalg.known import known_diagonal
 from curvature.linalg.measurement import Measurement
 from curvature.linalg.operator import LinearOperator, as_operator
 from curvature.linalg.space import Space
-from curvature.linalg.structured import known_diagonal
 from curvature.progress import Run
 from curvature.result import Estimate
 

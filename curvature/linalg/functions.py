@@ -13,7 +13,8 @@ from torch import Tensor
 
 from curvature.linalg.measurement import describe
 from curvature.linalg.operator import Identity, LinearOperator, Scaled, Sum
-from curvature.linalg.structured import BlockDiagonal, Dense, Diagonal, Kronecker, LowRank, Outer, OuterBlocks, Spectral
+from curvature.linalg.outer import Outer, OuterBlocks
+from curvature.linalg.structured import BlockDiagonal, Dense, Diagonal, Kronecker, LowRank, Spectral
 
 
 class Unstructured(TypeError):

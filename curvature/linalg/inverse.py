@@ -10,8 +10,9 @@ from torch import Tensor
 from curvature.linalg.functions import Unstructured, power
 from curvature.linalg.measurement import describe
 from curvature.linalg.operator import LinearOperator
+from curvature.linalg.outer import Outer, OuterBlocks
 from curvature.linalg.solve import solve
-from curvature.linalg.structured import BlockDiagonal, Outer, OuterBlocks
+from curvature.linalg.structured import BlockDiagonal
 
 
 def inverse(

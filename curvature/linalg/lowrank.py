@@ -11,8 +11,9 @@ from curvature.linalg.deflation import beyond
 from curvature.linalg.krylov import ROUNDED
 from curvature.linalg.measurement import Measurement
 from curvature.linalg.operator import LinearOperator, as_operator
+from curvature.linalg.outer import Outer
 from curvature.linalg.space import Space
-from curvature.linalg.structured import LowRank, Outer
+from curvature.linalg.structured import LowRank
 from curvature.progress import Run
 
 FIRST = 8  # the rank that is tried first, and then twice as many

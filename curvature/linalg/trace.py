@@ -11,9 +11,9 @@ from curvature.linalg.deflation import Basis, Deflated, KnownBasis, KrylovBasis,
 from curvature.linalg.eigenpairs import Eigenpairs
 from curvature.linalg.exchangeable import LeftOut, XNysTrace, XTrace
 from curvature.linalg.goal import CAP, Goal, pursued
+from curvature.linalg.known import known_trace
 from curvature.linalg.measurement import Measurement, describe
 from curvature.linalg.operator import LinearOperator, as_operator
-from curvature.linalg.structured import known_trace
 from curvature.progress import Run
 from curvature.result import Estimate
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from curvature.errors import NonFinite
 from curvature.linalg.memory import need_basis
+from curvature.linalg.outer import Outer, OuterBlocks, upcast
+from curvature.linalg.rows import DenseRows, Rows
 from curvature.linalg.space import Space
-from curvature.linalg.structured import DenseRows, Outer, OuterBlocks, Rows, upcast
 
 
 class Window(ABC):

@@ -18,8 +18,9 @@ from torch import Tensor
 from curvature.errors import TooLarge
 from curvature.linalg.memory import free_bytes
 from curvature.linalg.operator import LinearOperator, MatrixFree, Product
+from curvature.linalg.outer import Outer
 from curvature.linalg.space import Space
-from curvature.linalg.structured import Dense, Outer
+from curvature.linalg.structured import Dense
 from curvature.objective.losses import Likelihood, lacking
 from curvature.objective.objective import Objective
 from curvature.objective.passes import Passes

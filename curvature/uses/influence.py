@@ -20,7 +20,7 @@ from curvature.objective.objective import Objective
 from curvature.objective.passes import Passes
 from curvature.operators.engine import need_objective
 from curvature.operators.layerwise import Batch
-from curvature.operators.rows import ExampleGradients, example_gradients
+from curvature.operators.per_example import ExampleGradients, example_gradients
 from curvature.progress import Run
 from curvature.result import Result
 

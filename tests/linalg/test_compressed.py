@@ -9,7 +9,7 @@ import torch
 
 import curvature as cv
 from curvature.linalg.compressed import FactoredRows, JoinedRows, SparseRows
-from curvature.linalg.structured import DenseRows
+from curvature.linalg.rows import DenseRows
 
 SHAPES = [torch.Size(shape) for shape in [(6, 5), (7,), (4, 3, 2), (), (2, 2)]]
 N, M = sum(map(math.prod, SHAPES)), 9
