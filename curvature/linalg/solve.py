@@ -66,7 +66,8 @@ def solve(
     Hestenes & Stiefel 1952; Paige & Saunders 1975 (SIAM J. Numer. Anal. 12); Lorraine, Vicol & Duvenaud 2020
     (arXiv:1911.02590); Schulz 1933 (Z. Angew. Math. Mech. 13); Morales & Nocedal 2000 (SIAM J. Optim. 10).
 
-    >>> from curvature.linalg.structured import Diagonal
+    >>> import torch
+    >>> from curvature import Diagonal
     >>> solve(Diagonal(torch.tensor([1.0, 3.0])), torch.tensor([2.0, 2.0]), damping=1.0).x
     tensor([1.0000, 0.5000])
     """
