@@ -15,7 +15,7 @@ LAYERS = (
     {"linalg"},
     {"objective"},
     {"operators"},
-    {"uses"},
+    {"uses", "probes"},
     {"plots", "assets"},
 )
 PLACE = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
@@ -12,18 +11,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvature.errors import BadFile, NonFinite
-from curvature.io.journal import Journal
-from curvature.linalg.memory import peak_bytes
 from curvature.linalg.operator import LinearOperator, Scaled
-from curvature.progress import Progress, Run
-from curvature.result import Cost, Estimate, Origin, versions
+from curvature.linalg.work import SPENT, Record, Work
+from curvature.progress import Run
+from curvature.result import Estimate
 
-Record = dict[str, Tensor]
-# beside the tensors of a record: its cost; the sums of the rows that were asked; of a state a row and its product
-SPENT, ASKED, WITNESS = "_spent", "_asked", "_witness"
+# beside the tensors of a record: the sums of the rows that were asked; of a state a row and its product
+ASKED, WITNESS = "_asked", "_witness"
 
 
-class Measurement:
+class Measurement(Work):
     """What a question has asked of an operator so far. Every product of a measurement goes through `apply` or
     `apply_transposed`. `square` says whether the question is only for operators that are.
 
@@ -45,19 +42,19 @@ class Measurement:
             raise ValueError(f"{question} needs a square operator, but got {A.shape}.")
         if 0 in A.shape:
             raise ValueError(f"{question} needs an operator with at least one row and one column, but got {A.shape}.")
-        self.operator, self.question = A, question
-        self.options, self.seed = dict(options), seed
-        self.run = run or Run()
-        self.products = 0
-        self._started = time.perf_counter()
-        self._passes = self._passes_of_parts()
-        self._reading = self.run.checkpoint is not None  # whether there may be more in the checkpoint
-        self._next: dict[str, Tensor] | None = None  # what was read of it but not used
+        self.operator = A
+        super().__init__(
+            question,
+            options=options,
+            seed=seed,
+            run=run,
+            described=lambda: describe(A),
+            meters=lambda: (leaf.meter for leaf in A.leaves() if leaf.meter),
+            device=A.device,
+        )
         self._trusted = False  # that the operator gives the products in it
         self._inside = False  # of `once`
         self._witness: Tensor | None = None  # (n + m,) a row and its product
-        if A.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(A.device)
 
     def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k m"]:
         """A times each row; NonFinite when a product is not finite, which would poison all that follows."""
@@ -74,12 +71,12 @@ class Measurement:
         asked = rows.sum(1, dtype=torch.float64).cpu()
         if (record := self._peek()) is None:
             record = self._computed(compute)
-            self._journal.append({**record, ASKED: asked, SPENT: self._spent})
+            self._append({**record, ASKED: asked})
             return record
         self._compare(record, {ASKED: asked})
         if not self._trusted:
             self._compare(record, self._computed(compute))
-        return self._taken()
+        return self._believed()
 
     def resume(self) -> Record | None:
         """The state that was kept, where the checkpoint begins with one; the matrix is asked whether it is the same."""
@@ -92,7 +89,7 @@ class Measurement:
         self._compare({WITNESS: product.cpu()}, {WITNESS: self._multiplied(row[None])[0]})
         self.products = spent
         self._witness = witness
-        return self._taken()
+        return self._believed()
 
     def keep(self, state: Record) -> None:
         """Put the whole state of the question in the place of what led to it in the checkpoint, where that takes more
@@ -106,36 +103,6 @@ class Measurement:
             self._witness = torch.cat([row, self._multiplied(row[None])[0]])
             self.products = spent
         self._journal.replace({**state, WITNESS: self._witness, SPENT: self._spent})
-
-    def report(self, done: int, total: int, note: str = "", unit: str = "steps") -> None:
-        """Tell whoever listens that `done` of `total` units of work are done."""
-        left = self.seconds * (total / done - 1)
-        self.run.report(Progress(self.question, done, total, unit, note, left))
-
-    @property
-    def seconds(self) -> float:
-        """How long it has taken until now, that of an earlier process included."""
-        return time.perf_counter() - self._started
-
-    @property
-    def cost(self) -> Cost:
-        """What the measurement has taken so far."""
-        return Cost(
-            products=self.products,
-            passes=self._passes_of_parts() - self._passes,
-            seconds=self.seconds,
-            peak_bytes=peak_bytes(self.operator.device),
-        )
-
-    @property
-    def origin(self) -> Origin:
-        """What is needed to ask the same again."""
-        return Origin(question=self.question, options=self.options, seed=self.seed, operator=self.described)
-
-    @property
-    def described(self) -> dict[str, Any]:
-        """What the operator was made from, and how its products have been computed."""
-        return describe(self.operator)
 
     def exact(self, value: Tensor, floor: float | Tensor = 0.0) -> Estimate:
         """The result of a measurement that took no samples; `floor` bounds its rounding."""
@@ -175,19 +142,6 @@ class Measurement:
     def _transpose(self) -> LinearOperator:
         return self.operator.adjoint()
 
-    @cached_property
-    def _journal(self) -> Journal:
-        assert self.run.checkpoint is not None
-        origin = {name: value for name, value in self.described.items() if name != "engines"}  # until now none
-        heading = {"question": self.question, "options": self.options, "seed": self.seed, "operator": origin}
-        facts = {"threads": torch.get_num_threads(), "versions": versions()}
-        return Journal(self.run.checkpoint, {**heading, **facts})
-
-    @property
-    def _spent(self) -> Tensor:
-        cost = self.cost
-        return torch.tensor([cost.products, cost.passes, cost.seconds], dtype=torch.float64)
-
     def _computed(self, compute: Callable[[], Record]) -> Record:
         self._inside = True
         try:
@@ -195,24 +149,12 @@ class Measurement:
         finally:
             self._inside = False
 
-    def _peek(self) -> Record | None:
-        """The next record of the checkpoint, if there is one."""
-        if self._next is None and self._reading:
-            self._next = self._journal.read()
-            self._reading = self._next is not None
-        return self._next
-
-    def _taken(self) -> Record:
-        """The next record, and the cost as it was when it was written."""
-        assert self._next is not None
-        record, self._next, self._trusted = self._next, None, True
-        products, passes, seconds = record.pop(SPENT).tolist()
+    def _believed(self) -> Record:
+        """The next record, and from then on those after it."""
+        self._trusted = True
+        record = self._taken()
         record.pop(ASKED, None)
-        self.products = int(products)
-        self._passes = self._passes_of_parts() - int(passes)
-        self._started = time.perf_counter() - seconds
-        # copies: where a tensor begins in memory may decide about the bits of what is computed from it
-        return {name: tensor.to(self.operator.device, copy=True) for name, tensor in record.items()}
+        return record
 
     def _compare(self, record: Record, fresh: Record) -> None:
         """Refuse a checkpoint of another matrix or question, of which nothing but its numbers may tell."""
@@ -225,10 +167,6 @@ class Measurement:
                     f"The products in {self.run.checkpoint} {other}.",
                     "Ask the same question about the same matrix to go on with it, or give another path.",
                 )
-
-    def _passes_of_parts(self) -> int:
-        meters = {id(leaf.meter): leaf.meter for leaf in self.operator.leaves() if leaf.meter}
-        return sum(meter.passes for meter in meters.values())
 
 
 def describe(A: LinearOperator) -> dict[str, Any]:
