@@ -31,6 +31,8 @@ class SparseRows(Rows):
     def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k r"]:
         few = max(1, ENTRIES // self.values.shape[1])
         pieces = list(zip(self.indices.split(few), self.values.split(few), strict=True))
+        if not len(rows):
+            return self.values.new_zeros(0, len(self.values), dtype=torch.float64)
         return torch.stack([torch.cat([_gathered(x, *piece) for piece in pieces]) for x in rows])
 
     def combine(self, coefficients: Float[Tensor, "k r"]) -> Float[Tensor, "k n"]:
@@ -202,12 +204,13 @@ class _Factors:
     P: Float[Tensor, "m r o"]
     Q: Float[Tensor, "m r i"]
     last: Float[Tensor, "r i"]
+    start: Float[Tensor, "r i"]
 
     @classmethod
     def of(cls, count: int, o: int, i: int, rank: int, like: Tensor, generator: torch.Generator) -> Self:
         """Zeros, and a random start."""
         start = torch.randn(rank, i, generator=generator, dtype=torch.float64).to(like)
-        return cls(like.new_zeros(count, rank, o), like.new_zeros(count, rank, i), start)
+        return cls(like.new_zeros(count, rank, o), like.new_zeros(count, rank, i), start, start.clone())
 
     @property
     def size(self) -> int:
@@ -219,9 +222,11 @@ class _Factors:
     def put(self, place: int, entries: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         A = entries.view(self.P.shape[2], self.Q.shape[2])
         P = torch.linalg.qr(A @ self.last.T).Q
-        self.last = P.T @ A
-        self.P[place], self.Q[place] = P.T, self.last
-        return (P @ self.last).flatten()
+        Q = P.T @ A
+        self.P[place], self.Q[place] = P.T, Q
+        seen = Q.norm(dim=1, keepdim=True) > torch.finfo(Q.dtype).eps * A.norm()
+        self.last = torch.where(seen, Q, self.start)  # from zero the iteration would not come back
+        return (P @ Q).flatten()
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from jaxtyping import Float
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from curvature.linalg.functions import Unstructured, power
 from curvature.linalg.measurement import describe
-from curvature.linalg.operator import LinearOperator
+from curvature.linalg.operator import LinearOperator, as_operator
 from curvature.linalg.outer import Outer, OuterBlocks
 from curvature.linalg.solve import solve
 from curvature.linalg.structured import BlockDiagonal
@@ -20,7 +21,7 @@ def inverse(
     *,
     damping: float = 0.0,
     preconditioner: LinearOperator | None = None,
-    rtol: float = 1e-6,
+    rtol: float = 1e-5,
     max_steps: int = 500,
 ) -> LinearOperator:
     """(A + damping I)^-1 for symmetric A, as an operator: exact where the structure of A tells it, see `power`.
@@ -35,6 +36,9 @@ def inverse(
     >>> (inverse(A, damping=2.0) @ torch.ones(3)).tolist()
     [0.25, 0.25, 0.25]
     """
+    A = as_operator(A)
+    if not math.isfinite(damping):
+        raise ValueError(f"The damping is finite, but got {damping}.")
     match A:
         case Outer() | OuterBlocks():
             return A.inverse(damping)

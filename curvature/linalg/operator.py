@@ -103,6 +103,8 @@ class LinearOperator(ABC):
                 f"but got {tuple(other.shape)}."
             )
         rows = other.unsqueeze(0) if other.ndim == 1 else other.T.contiguous()
+        if not len(rows):
+            return other.new_zeros(self.shape[0], 0, dtype=self.codomain.dtype)
         product = self.apply(rows.to(self.dtype))
         return product.squeeze(0) if other.ndim == 1 else product.T
 

@@ -57,6 +57,7 @@ class Outer(LinearOperator):
         """The entries (i, j) for indices (e,) of rows and columns, each from r numbers."""
         if not isinstance(self.rows, Rows):
             raise TypeError(f"{self!r} is known by products alone, and not by its entries. Multiply with unit vectors.")
+        i, j = (_within(places, self.shape[0]) for places in (i, j))
         left, right = self.rows.columns(i), self.rows.columns(j)
         return ((self.core @ left) * right).sum(0) + self.shift * (i == j)
 
@@ -129,6 +130,7 @@ class OuterBlocks(LinearOperator):
     def entries(self, i: Tensor, j: Tensor) -> Float[Tensor, " e"]:
         """The entries (i, j) for indices (e,) of rows and columns, each from r numbers of one block."""
         size = self.rows.shape[2]
+        i, j = (_within(places, self.shape[0]) for places in (i, j))
         left, right = self.rows[i // size, :, i % size].double(), self.rows[j // size, :, j % size].double()
         inside = torch.einsum("er,ers,es->e", left, self.core[i // size], right)
         return inside * (i // size == j // size) + self.shift * (i == j)
@@ -179,6 +181,15 @@ class OuterBlocks(LinearOperator):
             psd=self.psd and shift > 0,
             source={"operator": "inverse", "damping": damping, "of": dict(self.source)},
         )
+
+
+def _within(places: Tensor, size: int) -> Tensor:
+    """Indices from 0 on; IndexError where there is none such."""
+    if len(places) and not -size <= int(places.min()) <= int(places.max()) < size:
+        raise IndexError(
+            f"Indices run from {int(places.min())} to {int(places.max())}, but the matrix has {size} rows."
+        )
+    return places % size
 
 
 def upcast(stack: Float[Tensor, "b r c"], *, like: Tensor | None = None) -> Iterator[Float[Tensor, "f r c"]]:

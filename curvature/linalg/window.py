@@ -29,7 +29,7 @@ class Window(ABC):
         if size < 1:
             raise ValueError(f"A window holds one gradient at least, but got a size of {size}.")
         need_basis(size, row)
-        self.size, self.space, self.seen = size, space, 0
+        self.size, self.space, self.seen, self.dtype = size, space, 0, row.dtype
         self._gram = torch.zeros(size, size, dtype=torch.float64, device=space.device)
 
     def __len__(self) -> int:
@@ -63,9 +63,11 @@ class Window(ABC):
             n, got = self.space.size, tuple(gradients.shape)
             raise ValueError(f"Expected gradients ({n},) or (k, {n}), but got {got}.")
         rows = gradients.detach().reshape(-1, self.space.size).to(self.space.device, self.space.dtype)
-        if not torch.isfinite(torch.stack(rows.aminmax())).all():  # isfinite of all entries takes forty times as long
+        ends = torch.stack(rows.aminmax()).to(self.dtype)  # isfinite of all entries takes forty times as long
+        if not torch.isfinite(ends).all():
             raise NonFinite(
-                "A gradient has entries that are not finite.", "Leave out that step; the window is as it was."
+                f"A gradient has entries that are not finite in {self.dtype}.",
+                "Leave out that step, or take a wider dtype; the window is as it was.",
             )
         kept = [self._taken(some) for some in rows.split(self.size)]
         return (kept[0] if len(kept) == 1 else torch.cat(kept)).view(gradients.shape)
@@ -103,7 +105,9 @@ class GradientWindow(Window):
     """The last m gradients as they are, in `dtype`: that of the space unless given.
 
     Takes m numbers for each parameter. Rows in bfloat16 take half the memory of float32 and, on a CPU, twice the time;
-    with vectors in float32 all else is as exact, and F that of the rounded gradients.
+    with vectors in float32 all else is as exact, and F that of the rounded gradients. What the inverse makes of a
+    gradient in the window is a small rest of two large terms: its error is about the dtype's rounding times |g|^2 over
+    the damping.
 
     Frantar, Kurtic & Alistarh 2021 (arXiv:2107.03356); in place of their recurrences the Cholesky-sized system that
     they solve.
@@ -133,7 +137,7 @@ class GradientWindow(Window):
         return {"rows": self._rows, "gram": self._gram}
 
     def _keep(self, places: list[int], gradients: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
-        kept = gradients.to(self._rows.dtype)
+        kept = gradients.to(self._rows.dtype, copy=True)
         for place, row in zip(places, kept, strict=True):
             self._rows[place] = row
         return kept

@@ -86,8 +86,8 @@ class ScalarLoss:
     def no_outputs(self) -> BadObjective:
         """The error of asking for what needs the outputs of the model."""
         return BadObjective(
-            f"{self.name} returns a scalar, and a Gauss-Newton matrix needs the model's outputs.",
-            "Build the objective with Objective.of(model, loss, data), or ask for the Hessian.",
+            f"{self.name} returns a scalar, but the outputs of the model are needed.",
+            "Build the objective with Objective.of(model, loss, data); of a scalar there is the Hessian.",
         )
 
     def outputs(self, tensors: Tensors, batch: Any) -> tuple[Tensor, Any]:

@@ -35,7 +35,7 @@ from curvature.operators.layerwise import Batch, Layerwise
 from curvature.operators.residuals import Residuals, likelihood, one_term_each, residuals_of
 
 BLOCK = 1 << 21  # entries of gradients whose inner products are taken at a time: 8 MiB in float32
-ALONE = ""  # no layer is called so: the name of the share of parameters without one
+REST = ""  # the name of the share of parameters without a layer: none is called so
 
 
 def egn(objective: Objective, *, memory: Memory = "auto") -> Outer | Dense:
@@ -88,7 +88,7 @@ class Roots(LinearOperator):
         self.source = {"operator": "roots"}
 
     def apply(self, rows: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
-        pieces = zip(rows.split(self.outputs, dim=1), self.stacks, strict=True)
+        pieces = zip(rows.to(self.domain.dtype).split(self.outputs, dim=1), self.stacks, strict=True)
         found = [torch.einsum("jbe,kbe->kjb", s, u.view(-1, *s.shape[1:])).flatten(1) for u, s in pieces]
         return torch.cat(found, dim=1).double()
 
@@ -122,7 +122,7 @@ class Share:
 
 
 class Keeping:
-    """Keeps what comes back from a batch, of the `compact` layers the cotangents; see Visitor."""
+    """Keeps what comes back from a batch, of the `compact` layers the cotangents: a Visitor of Layerwise."""
 
     def __init__(self, compact: Container[str]) -> None:
         self.compact = compact
@@ -134,7 +134,7 @@ class Keeping:
         return lambda cotangents: share.tensors.append(gradients(cotangents))
 
     def others(self, alone: Alone, residuals: list[Tensor]) -> None:
-        self.shares.setdefault(ALONE, Share(None)).tensors.extend(alone.gradients(residuals))
+        self.shares.setdefault(REST, Share(None)).tensors.extend(alone.gradients(residuals))
 
 
 def _gram(seen: Layerwise, rows: list[int], budget: float) -> Float[Tensor, "m m"]:
@@ -148,12 +148,13 @@ def _gram(seen: Layerwise, rows: list[int], budget: float) -> Float[Tensor, "m m
         see = Passes(seen.objective, Batch).each
         kept = see(lambda batch: seen.shown(batch, partial(Keeping, compact), group)[0].shares)
         layers = {layer.name for layer in seen.layers}  # what was found out to be none is with the others
-        for name in (group & layers) | {ALONE}:
+        for name in (group & layers) | {REST}:
             _add_inner(total, [shares.get(name) for shares in kept], rows, space)
 
     for group in _groups(sizes, budget / entry):
         add(group)
     sizes = {name: m * seen.objective.params[name].numel() for name in seen.others}
+    _need(entry * max(sizes.values(), default=0), "The gradients of a parameter without a layer of its own", space)
     for group in _groups(sizes, budget / entry):
         add(group)
     return total
@@ -243,15 +244,18 @@ def _stacked(objective: Objective, residuals: Residuals, loss: Likelihood, batch
     outputs, targets = objective.outputs(objective.params, batch.content)
     examples = number_of(batch.content, outputs)
     each = one_term_each(residuals(batch.index, outputs, targets), loss, outputs, targets, examples)
-    return torch.stack([residual.reshape(examples, -1) for residual in each])
+    return torch.stack([residual.reshape(examples, -1).to(objective.space.dtype) for residual in each])
 
 
 def _need_square(size: int, space: Space) -> None:
     """TooLarge when the inverse of a square matrix would not fit into the memory that is free now."""
-    needed, free = 4 * 8 * size**2, free_bytes(space.device)  # it, its inverse, and what is between them
+    _need(4 * 8 * size**2, f"A matrix of {size:,} x {size:,} with its inverse", space)  # and what is between them
+
+
+def _need(needed: int, what: str, space: Space) -> None:
+    free = free_bytes(space.device)
     if free is not None and needed > 0.9 * free:
         raise TooLarge(
-            f"A matrix of {size:,} x {size:,} takes {needed / 2**30:.1f} GiB with its inverse, but "
-            f"{free / 2**30:.1f} GiB are free.",
+            f"{what} takes {needed / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are free.",
             "Give fewer examples, or solve with the matrix-free ggn.",
         )

@@ -183,7 +183,7 @@ def _retained(work: Work) -> Share:
 def _batched(work: Work) -> Share:
     work.used.add("batched")
     linear = work.reverse()
-    return lambda rows: _together(linear, rows, work.chunk)
+    return lambda rows: vmapped(linear, rows, work.chunk)
 
 
 def _recomputed(work: Work) -> Share:
@@ -193,7 +193,7 @@ def _recomputed(work: Work) -> Share:
 
 def _forward(work: Work) -> Share:
     work.used.add("forward")
-    return lambda rows: _together(work.recipe.forward(work.objective, work.index, work.batch), rows, work.chunk)
+    return lambda rows: vmapped(work.recipe.forward(work.objective, work.index, work.batch), rows, work.chunk)
 
 
 def _linearized(work: Work) -> Share:
@@ -240,7 +240,7 @@ def abreast(linear: Linear, chunk: int, used: set[str]) -> Share:
         nonlocal together
         if together and len(rows) > 1:
             try:
-                products = _together(linear, rows, chunk, strict=True)
+                products = vmapped(linear, rows, chunk, strict=True)
             except Exception:  # what vmap cannot do, or only in a loop of its own
                 together = False
             else:
@@ -268,7 +268,7 @@ def _one_by_one(linear: Linear) -> Share:
     return lambda rows: linear(rows[0]).unsqueeze(0) if len(rows) == 1 else torch.stack([linear(row) for row in rows])
 
 
-def _together(linear: Linear, rows: Tensor, chunk: int, *, strict: bool = False) -> Tensor:
+def vmapped(linear: Linear, rows: Tensor, chunk: int, *, strict: bool = False) -> Tensor:
     """`linear` of rows by vmap, so many at once; `strict` if a loop that vmap makes inside, slower than ours, is an
     error."""
     with warnings.catch_warnings():

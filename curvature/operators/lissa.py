@@ -122,13 +122,13 @@ class Series:
         """Their mean."""
         x, count = torch.stack(self.samples), len(self.samples)
         mean = x.mean(0)
-        rate = (self.steps + 1) * math.log1p(-self.least / self.scale)  # exp(rate) of the solution is left, at most
+        left = (1 - min(1.0, self.least / self.scale)) ** (self.steps + 1)  # of the solution, at most
         estimate = self.measurement.estimate(
             mean,
             x.double().std(0) / count**0.5,
             samples=count,
             dof=count - 1,
-            floor=float(mean.norm()) * math.exp(rate) / -math.expm1(rate),
+            floor=float(mean.norm()) * left / (1 - left) if left < 1 else math.inf,
         )
         passes = math.ceil(self.measurement.products / len(self.matrices))  # products are with single batches
         return replace(estimate, cost=replace(estimate.cost, passes=passes))

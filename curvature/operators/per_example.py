@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 import torch
@@ -26,8 +25,8 @@ def example_gradients(objective: Objective) -> Float[Tensor, "N n"]:
 
     The gradient of the objective is their sum over the number of terms, plus that of the regulariser. An example is a
     row of the outputs, or of the inputs where the outputs have several for each; in training mode, that row of the
-    outputs as it depends on all of the batch. TooLarge where they do not fit: take fewer at a time, by
-    `objective.split()`.
+    outputs as it depends on all of the batch. They are in the order of the data; a batch without any term is left out.
+    TooLarge where they do not fit: take fewer at a time, by `objective.split()`.
 
     >>> line = torch.nn.Linear(1, 1, bias=False)
     >>> _ = torch.nn.init.constant_(line.weight, 1.0)
@@ -36,8 +35,8 @@ def example_gradients(objective: Objective) -> Float[Tensor, "N n"]:
             [8.]])
     """
     gradients = ExampleGradients(objective)
-    counts = Passes(objective).each(lambda batch: leading(batch) or 1)
-    need_basis(sum(counts), objective.space)
+    count, _ = Passes(objective).total(lambda batch: torch.tensor(leading(batch) or 1))
+    need_basis(2 * int(count), objective.space)  # batch by batch, and together
     return torch.cat(Passes(objective, Batch).each(gradients.rows))
 
 
@@ -51,7 +50,7 @@ class ExampleGradients:
     def rows(self, batch: Batch) -> Float[Tensor, "b n"]:
         """Those of a batch, flat."""
         whole, _, examples = self.seen.shown(batch, lambda: Whole(self.seen))
-        return whole.rows(1, examples)[0]
+        return whole.rows(examples)
 
     def along(self, directions: Float[Tensor, "k n"], batch: Batch) -> Float[Tensor, "b k"]:
         """Their inner products with some directions, in float64, without holding more than those of a layer."""
@@ -61,28 +60,25 @@ class ExampleGradients:
 
 
 class Whole:
-    """Keeps the gradients, by residual and example."""
+    """Keeps the gradients of the examples, of one residual."""
 
     def __init__(self, seen: Layerwise) -> None:
         self.seen = seen
-        self.pieces: dict[str, list[Tensor]] = defaultdict(list)
-        self.places: dict[str, Tensor] = {}
+        self.pieces: list[tuple[Tensor, Float[Tensor, "b p"]]] = []  # where, and what
 
     def layer(self, layer: Layer, inputs: Inputs) -> Callable[[Tensor], None]:
-        self.places[layer.name] = self.seen.places[layer.name]
-        return lambda cotangents: self.pieces[layer.name].append(inputs.gradients(cotangents))
+        place = self.seen.places[layer.name]
+        return lambda cotangents: self.pieces.append((place, inputs.gradients(cotangents)))
 
     def others(self, alone: Alone, residuals: list[Tensor]) -> None:
-        self.places["alone"] = self.seen.places_of(alone)
-        self.pieces["alone"].extend(alone.gradients(residuals))
+        self.pieces.append((self.seen.places_of(alone), alone.gradients(residuals)[0]))
 
-    def rows(self, residuals: int, examples: int) -> Float[Tensor, "k b n"]:
+    def rows(self, examples: int) -> Float[Tensor, "b n"]:
         """All of them, flat."""
         space = self.seen.objective.space
-        rows = torch.zeros(residuals, examples, space.size, dtype=space.dtype, device=space.device)
-        for owner, pieces in self.pieces.items():
-            for row, piece in zip(rows, pieces, strict=True):
-                row[:, self.places[owner]] = piece
+        rows = torch.zeros(examples, space.size, dtype=space.dtype, device=space.device)
+        for place, piece in self.pieces:
+            rows[:, place] = piece
         return rows
 
 

@@ -53,6 +53,8 @@ class Hypergradient(Solution):
         return tuple(piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True))
 
     def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(f"{name!r}: the names are {listing(list(self.names))}.")
         return self.gradients[self.names.index(name)]
 
     def summary(self) -> dict[str, str]:
@@ -152,6 +154,8 @@ def _by_name(hyper: Hyper) -> dict[str, Tensor]:
     if isinstance(hyper, Tensor):
         hyper = [hyper]
     named = dict(hyper) if isinstance(hyper, Mapping) else {str(place): tensor for place, tensor in enumerate(hyper)}
+    if not named:
+        raise ValueError("hyper holds no tensor. Pass those that the loss closes over.")
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor) or not tensor.requires_grad:
             came = "does not" if isinstance(tensor, Tensor) else f"is a {type(tensor).__name__}"

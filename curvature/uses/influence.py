@@ -77,22 +77,23 @@ def influence(
     """
     asking = _Asking("influence", train, inverse, run)
 
-    def gradients() -> dict[str, Tensor]:
-        rows = example_gradients(test) if isinstance(test, Objective) else torch.atleast_2d(test)
-        return {"gradients": _fitting(rows, train)}
+    rows = _gradients(test, train)
+    # one of them first: of a checkpoint, that is computed again to see whether the inverse is the same
+    directions = torch.cat([asking.measurement.apply(some) for some in (rows[:1], rows[1:]) if len(some)])
 
-    here = train.space.flatten(train.params.values())[None]
-    rows = asking.measurement.once(gradients, here)["gradients"]  # first what is cheap to compare with a checkpoint
-    directions = asking.measurement.apply(rows)
-    result = asking.scores(lambda examples, batch: examples.along(directions, batch))
-    return result if isinstance(test, Objective) or test.ndim == 2 else replace(result, scores=result.scores[:, 0])
+    def scores(examples: ExampleGradients, batch: Batch) -> Float[Tensor, "b ..."]:
+        along = examples.along(directions, batch)
+        return along if isinstance(test, Objective) or test.ndim == 2 else along[:, 0]
+
+    return asking.scores(scores)
 
 
 def self_influence(train: Objective, inverse: LinearOperator, *, run: Run | None = None) -> Influence:
     """How much each training example helped itself: g_i . A^-1 g_i / T, (N,), which is large where a label is wrong.
 
     Arguments as in `influence`. Every example is multiplied with the inverse, a batch at a time: with an exact one
-    that is cheap, with conjugate gradients a solve for each. The gradients of a batch are held: give small batches.
+    that is cheap; with conjugate gradients it is a solve for each, those of a batch in the same passes over the data.
+    The gradients of a batch are held, so that batches should be as large as memory allows.
     """
     asking = _Asking("self_influence", train, inverse, run)
 
@@ -145,8 +146,17 @@ class _Asking:
         )
 
 
-def _fitting(rows: Tensor, train: Objective) -> Float[Tensor, "m n"]:
-    """The gradients of the tests, in the space of the parameters."""
+def _gradients(test: Objective | Tensor, train: Objective) -> Float[Tensor, "m n"]:
+    """Those of the tests, in the space of the parameters."""
+    if isinstance(test, Objective):
+        if [n for n, p in train.params.items() if n not in test.params or not torch.equal(p, test.params[n])]:
+            raise ValueError(
+                "The test is at other parameters than the training objective: make it by `train.on(data)`, or take "
+                "`test.at(train.params)`."
+            )
+        rows = example_gradients(test)
+    else:
+        rows = torch.atleast_2d(test)
     if rows.shape[1:] != (train.space.size,):
         n, got = train.space.size, tuple(rows.shape)
         raise ValueError(f"Expected gradients (m, {n}), one entry a parameter of `train`, but got {got}.")

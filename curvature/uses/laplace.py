@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curvature.errors import BadObjective, Interrupted
 from curvature.linalg.inverse import inverse
 from curvature.linalg.measurement import Measurement
 from curvature.linalg.operator import LinearOperator
@@ -25,6 +26,7 @@ from curvature.objective.params import ParamSpace
 from curvature.objective.passes import Passes
 from curvature.objective.products import pulled
 from curvature.operators.engine import CHUNK, abreast, need_objective
+from curvature.operators.followed import AGREEMENT
 from curvature.progress import Run
 from curvature.result import Result
 
@@ -99,38 +101,65 @@ def laplace_predictive(
     means: list[Tensor] = []
     covariances: list[Tensor] = []
     waiting: list[Tensor] = []
-    for mean, rows in _jacobians(objective, inputs, count):
-        means.append(mean)
-        waiting.append(rows)
-        if len(waiting) * len(rows) >= ROWS or len(means) == count:
-            J = torch.stack(waiting)  # k inputs, c outputs each, n
-            JS = S.apply(J.flatten(0, 1)).view_as(J)
-            covariances += [objective.space.inner(j, js) / terms for j, js in zip(J, JS, strict=True)]
-            waiting = []
-            S.report(len(means), count, unit="inputs")
-    covariance = torch.stack(covariances)
-    return Predictive(
-        mean=torch.stack(means),
-        covariance=((covariance + covariance.mT) / 2).to(objective.space.dtype),
-        cost=replace(S.cost, passes=S.cost.passes + 1),  # that of counting
-        origin=S.origin,
-    )
+
+    def result(*, complete: bool) -> Predictive:
+        covariance = torch.stack(covariances)
+        return Predictive(
+            mean=torch.stack(means[: len(covariances)]),
+            covariance=((covariance + covariance.mT) / 2).to(objective.space.dtype),
+            complete=complete,
+            cost=replace(S.cost, passes=S.cost.passes + 1),  # that of counting
+            origin=S.origin,
+        )
+
+    try:
+        for mean, rows in _jacobians(objective, inputs, count):
+            means.append(mean)
+            waiting.append(rows)
+            if len(waiting) * len(rows) >= ROWS or len(means) == count:
+                J = torch.stack(waiting)  # k inputs, c outputs each, n
+                JS = S.apply(J.flatten(0, 1)).view_as(J)
+                covariances += [objective.space.inner(j, js) / terms for j, js in zip(J, JS, strict=True)]
+                waiting = []
+                S.report(len(means), count, unit="inputs")
+    except KeyboardInterrupt as stop:
+        if not covariances:
+            raise KeyboardInterrupt from stop
+        raise Interrupted(result(complete=False)) from stop
+    return result(complete=True)
 
 
 def _jacobians(objective: Objective, inputs: Any, count: int) -> Iterator[tuple[Tensor, Float[Tensor, "c n"]]]:
     """The outputs of each input, and their derivatives."""
     batch = moved((inputs, None), objective.space.device, objective.space.dtype)
+    try:
+        with objective.context(), objective.randomness():
+            together = objective.outputs(objective.params, batch)[0].detach()
+    except Exception as error:  # models can raise anything
+        raise explained(error, 1) from error
     for index, example in enumerate(examples(batch, count)):
         try:
             with objective.context(), objective.randomness(index):
                 leaves = objective.leaves()
                 outputs, _ = objective.outputs(leaves, example)
+                _check_alone(outputs.detach(), together[index : index + 1])
                 units = torch.eye(outputs.numel(), dtype=outputs.dtype, device=outputs.device)
                 pull = partial(_pulled, objective.space, list(leaves.values()), outputs)
                 rows = abreast(pull, CHUNK, set())(units)
         except Exception as error:  # models can raise anything
             raise explained(error, index + 1) from error
         yield outputs.detach().reshape(outputs.shape[1:]), rows
+
+
+def _check_alone(outputs: Tensor, together: Tensor) -> None:
+    """BadObjective where an input by itself has other outputs than among the others."""
+    same = outputs.shape == together.shape
+    near = AGREEMENT[together.dtype] * float(together.abs().max()) if together.numel() else 0.0
+    if not same or not float((outputs - together).abs().max()) <= near:
+        raise BadObjective(
+            "The model gives an input other outputs by itself than among the others.",
+            "Give the inputs one by one, with what belongs to all of them, in evaluation mode.",
+        )
 
 
 def _pulled(space: ParamSpace, inputs: list[Tensor], outputs: Tensor, row: Float[Tensor, " c"]) -> Float[Tensor, " n"]:

@@ -31,7 +31,7 @@ class Mask(Result):
     always: int
 
     def summary(self) -> dict[str, str]:
-        kept, held = int(self.mask.sum()), float(self.fisher[self.mask].sum() / self.fisher.sum())
+        kept, held = int(self.mask.sum()), float(self.fisher[self.mask].sum() / self.fisher.sum().clamp(min=1e-300))
         return {
             "kept": f"{kept:,} of {len(self.mask):,} parameters ({kept / len(self.mask):.2%}), {self.always:,} always",
             "with": f"{held:.1%} of the trace of the Fisher matrix",
@@ -69,6 +69,8 @@ def fish_mask(
         raise ValueError(f"keep is a share, above 0 and up to 1, but got {keep}.")
     started, passes = time.perf_counter(), objective.meter.passes
     space, budget = objective.space, round(keep * objective.space.size)
+    if budget == 0:
+        raise ValueError(f"A share of {keep:g} of {space.size:,} parameters is less than one. Raise it.")
     held = _named(objective, always)
     count = int(held.sum())
     if count > budget:

@@ -189,7 +189,7 @@ def test_memory_is_what_is_said():
     gram = 8 * m * m
     assert cv.SparseWindow(m, space, share=0.01).bytes == m * math.ceil(0.01 * n) * 8 + 4 * n + gram
     factored = cv.LowRankWindow(m, space, shapes=[torch.Size([100, 100]), torch.Size([24])], rank=4)
-    assert factored.bytes == 4 * (m * (4 * 200 + 24) + n + 4 * 100) + gram  # and the last Q
+    assert factored.bytes == 4 * (m * (4 * 200 + 24) + n + 2 * 4 * 100) + gram  # and the last Q and the first
     assert cv.GradientWindow(m, space).bytes == 4 * m * n + gram
 
 
@@ -242,3 +242,32 @@ def test_error_feedback_makes_a_tenth_of_the_entries_nearly_as_good_as_all():
     gained = {name: math.log(2) - value for name, value in loss.items()}
     assert gained["fed back"] > 0.8 * gained["dense"]
     assert gained["forgotten"] < 0.8 * gained["fed back"]
+
+
+@pytest.mark.parametrize("first", ["zeros", "another subspace"])
+def test_a_power_iteration_that_lost_its_subspace_finds_one_again(first):
+    """Of a zero gradient, or one without anything in common with the next, nothing is left to start from."""
+    window = cv.LowRankWindow(6, cv.Space(400, torch.float64), shapes=[torch.Size([20, 20])], rank=2)
+    rows = torch.zeros(20, 20, dtype=torch.float64)
+    if first != "zeros":
+        rows[0, 0] = 1.0
+    window.add(rows.flatten())
+    gradient = torch.zeros(20, 20, dtype=torch.float64)
+    gradient[5:, 10:] = 1.0
+    kept = [float(window.add(gradient.flatten()).norm()) for _ in range(4)]
+    assert kept[-1] > 0.9 * float(gradient.norm()) and float(window.error.norm()) < 2 * float(gradient.norm())
+
+
+def test_nothing_times_nothing():
+    for window in (
+        cv.SparseWindow(3, cv.Space(50)),
+        cv.LowRankWindow(3, cv.Space(50), shapes=[torch.Size([5, 10])], rank=1),
+    ):
+        window.add(torch.ones(50))
+        assert (cv.inverse(window.fisher, damping=1.0) @ torch.ones(50, 0)).shape == (50, 0)
+        with pytest.raises(IndexError, match="50 rows"):
+            window.fisher.entries(torch.tensor([50]), torch.tensor([0]))
+        dense = window.fisher.dense()
+        assert float(window.fisher.entries(torch.tensor([-1]), torch.tensor([-1]))) == pytest.approx(
+            float(dense[-1, -1])
+        )

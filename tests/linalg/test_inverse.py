@@ -57,6 +57,12 @@ def test_a_preconditioner_saves_products():
     assert counts[1] <= 4 < counts[0] / 4
 
 
+def test_guests_and_nonsense():
+    torch.testing.assert_close(cv.inverse(2 * torch.eye(3)) @ torch.ones(3), torch.full((3,), 0.5))
+    with pytest.raises(ValueError, match="finite"):
+        cv.inverse(cv.identity(cv.Space(3)), damping=float("nan"))
+
+
 def test_what_has_no_inverse_says_so():
     with pytest.raises(ValueError, match="symmetric"):
         cv.inverse(cv.Dense(torch.triu(torch.ones(3, 3))))

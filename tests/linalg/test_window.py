@@ -284,3 +284,16 @@ def test_bad_input_is_refused():
         cv.OuterBlocks(torch.ones(2, 3, 4), torch.ones(2, 4, 4))
     with pytest.raises(ValueError, match="A space of 4 is not cut into 2 blocks of 4"):
         cv.OuterBlocks(torch.ones(2, 3, 4), torch.ones(2, 3, 3), space=cv.Space(4))
+
+
+def test_what_the_rows_cannot_hold_is_refused():
+    window = cv.GradientWindow(2, cv.Space(3), dtype=torch.float16)
+    with pytest.raises(cv.NonFinite, match="float16"):
+        window.add(torch.tensor([1e5, 0.0, 0.0]))
+    assert len(window) == 0
+
+
+def test_what_is_returned_is_no_part_of_what_was_given():
+    window, gradient = cv.GradientWindow(2, cv.Space(3)), torch.ones(3)
+    window.add(gradient).zero_()
+    assert gradient.sum() == 3 and window.gradients.sum() == 3

@@ -163,3 +163,44 @@ def test_example_gradients_of_any_loss_of_outputs():
     objective = cv.Objective.of(nn.Linear(3, 2).double(), nn.SmoothL1Loss(), [(x, y)])
     rows = cv.example_gradients(objective)
     torch.testing.assert_close(rows.sum(0) / 6, objective.gradient(), rtol=1e-9, atol=1e-12)
+
+
+def test_outputs_of_another_dtype_than_the_parameters():
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).float()
+
+    x, y = torch.randn(4, 6), torch.randint(0, 3, (4,))
+    objective = cv.Objective.of(Single(), "cross-entropy", [(x, y)], dtype=torch.float64)
+    A = cv.egn(objective)
+    torch.testing.assert_close(A.dense(), cv.ggn(objective).dense(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_large_parameter_without_a_layer_is_refused_where_it_does_not_fit(monkeypatch):
+    class Placed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.place, self.layer = nn.Parameter(torch.zeros(50)), nn.Linear(50, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x + self.place)
+
+    objective = cv.Objective.of(Placed(), "mse", [(torch.randn(5, 50), torch.randn(5, 2))])
+    monkeypatch.setattr("curvature.operators.egn.free_bytes", lambda device: 4 * 8 * 10**2 / 0.9)
+    cv.egn(objective)
+    monkeypatch.setattr("curvature.operators.egn._need_square", lambda size, space: None)
+    monkeypatch.setattr("curvature.operators.egn.free_bytes", lambda device: 4 * 10 * 50)
+    with pytest.raises(cv.TooLarge, match="without a layer"):
+        cv.egn(objective)
+
+
+def test_data_without_terms_are_refused():
+    x, y = torch.randn(4, 3), torch.full((4,), -100)
+    objective = cv.Objective.of(nn.Linear(3, 3), "cross-entropy", [(x, y)])
+    for question in (cv.example_gradients, lambda o: cv.gradient_window(o, 2)):
+        with pytest.raises(cv.BadObjective, match="no terms"):
+            question(objective)

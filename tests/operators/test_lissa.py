@@ -176,3 +176,12 @@ def test_arguments_without_sense_are_refused(options, message):
         cv.lissa(cv.ggn, least_squares(), **{"b": B, "damping": 0.3, "steps": 9, **options})
     with pytest.raises(TypeError, match="lissa takes an Objective"):
         cv.lissa(cv.ggn, nn.Linear(4, 1), B, damping=0.3, steps=9)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_matrix_that_is_zero_leaves_the_damping():
+    x = torch.zeros(4, 2)
+    objective = cv.Objective.of(
+        torch.nn.Linear(2, 1, bias=False), "mse", [(x[:2], torch.ones(2, 1)), (x[2:], torch.ones(2, 1))]
+    )
+    found = cv.lissa(cv.ggn, objective, torch.ones(2), damping=0.5, steps=3)
+    torch.testing.assert_close(found.value, torch.full((2,), 2.0))

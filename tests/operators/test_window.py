@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from objectives import Case, zoo
@@ -59,13 +61,41 @@ def test_windows_of_one_seed_are_equal_and_of_another_are_not():
     assert torch.equal(first, same) and not torch.equal(first.sort(0).values, other.sort(0).values)
 
 
-def test_what_has_no_terms_and_the_regulariser_are_left_out():
-    case = CASES["class-weights-and-ignored"]
-    window = cv.gradient_window(case.objective(), 8)
-    assert len(window) == 6
-    torch.testing.assert_close(
-        window.fisher.dense(), cv.gradient_window(case.objective(l2=3.0), 8).fisher.dense(), rtol=0, atol=0
-    )
+@pytest.mark.parametrize("name", ["class-weights-and-ignored", "tokens", "lstm", "dropout", "norm"])
+def test_all_gradients_average_to_that_of_the_objective_without_its_regulariser(name):
+    """With unequal numbers of terms, class weights, dropout and batch statistics as well."""
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 4).double(), torch.randint(0, 3, (8,))
+    made = {
+        "dropout": nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 3)).double(),
+        "norm": nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).double(),
+    }
+    if name in made:
+        objective = cv.Objective.of(made[name], "cross-entropy", [(x[:5], y[:5]), (x[5:], y[5:])], mode="train", l2=3.0)
+        plain = replace(objective, l2=0.0)
+    else:
+        case = CASES[name]
+        objective, plain = case.objective(l2=3.0), case.objective()
+    count = len(cv.example_gradients(objective))
+    window = cv.gradient_window(objective, count)
+    torch.testing.assert_close(window.gradients.mean(0), plain.gradient(), rtol=1e-9, atol=1e-12)
+    halves = cv.gradient_window(objective, 2, batch_size=count // 2)
+    torch.testing.assert_close(halves.gradients.mean(0), plain.gradient(), rtol=1e-9, atol=1e-12)
+
+
+def test_what_all_examples_share_is_not_an_example():
+    class Placed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.places = nn.Linear(4, 3).double(), nn.Embedding(4, 4).double()
+
+        def forward(self, place_ids, x):
+            return self.layer(x + self.places(place_ids).mean(1))
+
+    batch = {"place_ids": torch.arange(4)[None], "x": CASE.inputs, "labels": CASE.targets}
+    objective = cv.Objective.of(Placed(), "cross-entropy", [batch])
+    window = cv.gradient_window(objective, 9)
+    torch.testing.assert_close(window.fisher.dense(), cv.empirical_fisher(objective).dense(), rtol=1e-10, atol=1e-13)
 
 
 def test_dicts_and_what_belongs_to_no_example_are_cut_aright():
@@ -88,7 +118,7 @@ def test_bad_input_is_refused():
     objective = CASE.objective()
     with pytest.raises(ValueError, match="The data have 9 examples, but a window of 10"):
         cv.gradient_window(objective, 10)
-    with pytest.raises(ValueError, match="one example at least"):
+    with pytest.raises(ValueError, match="1 to 9 examples"):
         cv.gradient_window(objective, 3, batch_size=0)
     with pytest.raises(TypeError, match="takes an Objective, but got a Sequential"):
         cv.gradient_window(CASE.module, 3)  # pyright: ignore

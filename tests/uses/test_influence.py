@@ -139,8 +139,26 @@ def test_it_goes_on_where_it_was_and_returns_what_it_has(tmp_path):
     products = []
     resumed = cv.influence(train, test, inverse, run=cv.Run(checkpoint=path, progress=products.append))
     assert torch.equal(resumed.scores, whole.scores) and resumed.complete
+    other = train.at(train.space.draw(1, seed=0)[0])
     with pytest.raises(cv.BadFile):
-        cv.influence(train.at(train.space.draw(1, seed=0)[0]), test, inverse, run=cv.Run(checkpoint=path))
+        cv.influence(other, other.on(list(test.batches)), inverse, run=cv.Run(checkpoint=path))
+
+
+@pytest.mark.parametrize("ask", [cv.influence, lambda train, test, *a, **k: cv.self_influence(train, *a, **k)])
+def test_a_checkpoint_of_another_inverse_is_refused(ask, tmp_path):
+    """Of matrices that say nothing of what they hold only products can tell."""
+    train, test = logistic()
+    ones = torch.ones(train.space.size, dtype=torch.float64)
+    ask(train, test, cv.Diagonal(ones), run=cv.Run(checkpoint=tmp_path / "a"))
+    with pytest.raises(cv.BadFile):
+        ask(train, test, cv.Diagonal(2 * ones), run=cv.Run(checkpoint=tmp_path / "a"))
+
+
+def test_an_interrupt_keeps_the_shape_of_a_single_test():
+    train, test = logistic()
+    with pytest.raises(cv.Interrupted) as caught:
+        cv.influence(train, test.gradient(), cv.identity(train.space), run=cv.Run(progress=Stopping(0)))
+    assert caught.value.result.scores.shape == (25,)
 
 
 def test_summary_and_top():
@@ -157,5 +175,7 @@ def test_bad_input_is_refused():
         cv.influence(train, test, cv.identity(cv.Space(3, torch.float64)))
     with pytest.raises(ValueError, match=r"\(m, 18\)"):
         cv.influence(train, torch.ones(3).double(), cv.identity(train.space))
+    with pytest.raises(ValueError, match="other parameters"):
+        cv.influence(train, test.at(3 * torch.ones(18).double()), cv.identity(train.space))
     with pytest.raises(TypeError, match="takes an Objective"):
         cv.influence(nn.Linear(2, 1), test, cv.identity(train.space))  # pyright: ignore[reportArgumentType]

@@ -176,3 +176,31 @@ def test_arguments_without_sense_are_refused():
         cv.laplace_predictive(objective, case.inputs[:, :2], kfac, prior=1.0)
     with pytest.raises(TypeError, match="laplace_predictive takes an Objective"):
         cv.laplace_predictive(case.module, case.inputs, kfac, prior=1.0)
+
+
+def test_inputs_that_are_not_what_they_are_among_others_are_refused():
+    class Shared(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 2).double()
+
+        def forward(self, x, scale):
+            return self.layer(x) * scale.sum()
+
+    x, scale = torch.randn(4, 3).double(), torch.rand(4).double()
+    objective = cv.Objective.of(Shared(), "mse", [((x, scale), torch.zeros(4, 2).double())])
+    with pytest.raises(cv.BadObjective, match="by itself"):
+        cv.laplace_predictive(objective, (x, scale), cv.identity(objective.space), prior=1.0)
+
+
+def test_an_interrupt_returns_the_inputs_so_far():
+    x = torch.randn(130, 3).double()
+    objective = cv.Objective.of(torch.nn.Linear(3, 1).double(), "mse", (x, x[:, :1]))
+    A = cv.ggn_diagonal(objective)
+    whole = cv.laplace_predictive(objective, x, A, prior=1.0)
+    with pytest.raises(cv.Interrupted) as caught:
+        cv.laplace_predictive(objective, x, A, prior=1.0, run=cv.Run(progress=Stopping(0)))
+    part = caught.value.result
+    assert (
+        not part.complete and torch.equal(part.covariance, whole.covariance[: len(part.mean)]) and len(part.mean) == 64
+    )

@@ -74,6 +74,15 @@ class Likelihood(Loss, Protocol):
         ...
 
 
+@runtime_checkable
+class Judged(Loss, Protocol):
+    """A loss of outputs that are right or wrong."""
+
+    def right(self, outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+        """How many answers are right, and of how many."""
+        ...
+
+
 CLASSES: dict[str, Callable[..., Loss]] = {
     loss.__name__: loss
     for loss in (CrossEntropy, KLDivergence, BinaryCrossEntropy, SquaredError, GaussianNLL, PoissonNLL)
@@ -140,6 +149,16 @@ def as_loss(loss: Any) -> Loss:
             "Use reduction='mean' and no weight, or Objective.from_loss with terms=.",
         )
     return Criterion(given, INSTEAD[kind]) if kind in INSTEAD else Criterion(given)
+
+
+def accuracy_of(loss: Loss) -> Callable[[Tensor, Any], tuple[Tensor, Tensor]]:
+    """The function of outputs and targets that counts right answers, and all; BadObjective for a loss without any."""
+    if isinstance(loss, Judged):
+        return loss.right
+    raise BadObjective(
+        f"{described(loss)} has no accuracy: no answer is right or wrong.",
+        "Use 'cross-entropy' or 'bce', or ask for the loss alone.",
+    )
 
 
 def lacking(loss: Loss, what: str) -> BadObjective:

@@ -124,6 +124,13 @@ class CrossEntropy:
         axis = self._axis(outputs, targets)
         return chunked(partial(self._sample, axis, uniform), outputs.detach(), targets)
 
+    def right(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """For how many terms the largest output is the target, or the most probable one; and how many there are."""
+        axis = self._axis(outputs, targets)
+        wanted = targets.argmax(axis) if targets.is_floating_point() else targets
+        kept = wanted != self.ignore_index
+        return ((outputs.argmax(axis) == wanted) & kept).sum(), kept.sum()
+
     def _residual(self, axis: int, outputs: Tensor, targets: Tensor) -> Tensor:
         p_mass = outputs.softmax(axis) * self._mass(outputs, targets, axis).unsqueeze(axis)
         classes, smooth = outputs.shape[axis], self.label_smoothing
@@ -244,6 +251,9 @@ class KLDivergence:
     def sample(self, outputs: Tensor, targets: Tensor, uniform: Uniform) -> Tensor:
         return self._cross_entropy.sample(outputs, targets, uniform)
 
+    def right(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return self._cross_entropy.right(outputs, targets)
+
     @property
     def _cross_entropy(self) -> CrossEntropy:
         return CrossEntropy(axis=self.axis)
@@ -326,6 +336,10 @@ class BinaryCrossEntropy:
         s = outputs.detach().sigmoid()
         drawn = (uniform(s.shape) < s).to(s.dtype)
         return self._masses(outputs, targets)[1].sqrt() * (s - drawn)
+
+    def right(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """For how many elements the sign of the output says whether the target is above a half; and how many."""
+        return ((outputs > 0) == (targets > 0.5)).sum(), torch.tensor(targets.numel(), device=outputs.device)
 
     def _masses(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """w y, and that plus 1 - y."""
