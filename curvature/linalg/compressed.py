@@ -102,7 +102,7 @@ class SparseWindow(Window):
     of the next: the sum of the rows so far and the error is that of the gradients. `fisher` is that of the rows; what
     it preconditions is c, which `add` returns. With all entries it is a GradientWindow.
 
-    Takes m `share` (4 + 4) + 4 bytes for each parameter in float32 (8 in place of the first 4 beyond 2^31 parameters).
+    In float32 it takes 8 m `share` + 4 bytes for each parameter (12 m `share` + 4 beyond 2^31 parameters).
 
     >>> window = SparseWindow(4, Space(3), share=0.3)
     >>> window.add(torch.tensor([1.0, 3.0, 2.0]))

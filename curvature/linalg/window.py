@@ -109,8 +109,7 @@ class GradientWindow(Window):
     gradient in the window is a small rest of two large terms: its error is about the dtype's rounding times |g|^2 over
     the damping.
 
-    Frantar, Kurtic & Alistarh 2021 (arXiv:2107.03356); in place of their recurrences the Cholesky-sized system that
-    they solve.
+    Frantar, Kurtic & Alistarh 2021 (arXiv:2107.03356), with one system of m equations in place of their recurrences.
 
     >>> window = GradientWindow(2, Space(3))
     >>> kept = window.add(torch.tensor([[2.0, 0.0, 0.0]]))

@@ -42,8 +42,8 @@ def egn(objective: Objective, *, memory: Memory = "auto") -> Outer | Dense:
     """The GGN of few data, (n, n), psd, in a form with an exact inverse: `inverse(egn(objective), damping=mu)`.
 
     With m outputs of all terms together it is known by an m x m matrix, the inner products of its rows, from as many
-    backward passes as an example has outputs. These are made again for other layers where what comes back does not fit
-    into `memory` bytes; the Jacobian is never held. A product, with the matrix or its inverse, is one with the Jacobian
+    backward passes as an example has outputs. Where what they send back to all layers does not fit into `memory` bytes
+    they are made again, for some layers at a time; the Jacobian is never held. A product, with the matrix or its inverse, is one with the Jacobian
     and one with its transpose; trace, eigenvalues and log-determinant are exact. What a vector has outside of the rows,
     its rounding included, the inverse divides by the damping: where that is small, measure in float64. Where m is not
     below n the matrix is made in parameter space, and held whole. TooLarge where neither fits.
