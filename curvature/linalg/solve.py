@@ -57,11 +57,12 @@ def solve(
     `preconditioner`, positive definite, is about the inverse of A + damping I: `inverse(kfac(objective), damping=mu)`,
     `inverse(nystrom(A, damping=mu), damping=mu)`. It changes the number of steps, and what they aim for until the end.
 
-    `recycle` is for sequences of related systems with psd A, by "cg": as many directions and their products, which
-    the solve has anyway, become the LowRank `solution.recycled`, and `inverse(solution.recycled, damping=mu)` the
+    `recycle` is for sequences of related systems with psd A, by "cg": as many directions and their products, which the
+    solve has anyway, become the LowRank `solution.recycled`, and `inverse(solution.recycled, damping=mu)` the
     preconditioner of the next system. What a preconditioner that was made so knew is kept as far as the new directions
     say nothing else. One and a half times as many as A has outliers, for each right-hand side, are enough; it takes the
-    memory of five times as many vectors. Where A has changed by more than a fraction of its outliers, it is worse than none.
+    memory of five times as many vectors. Where A has changed by more than a fraction of its outliers, it is worse than
+    none.
 
     Hestenes & Stiefel 1952; Paige & Saunders 1975 (SIAM J. Numer. Anal. 12); Lorraine, Vicol & Duvenaud 2020
     (arXiv:1911.02590); Schulz 1933 (Z. Angew. Math. Mech. 13); Morales & Nocedal 2000 (SIAM J. Optim. 10).

@@ -43,10 +43,11 @@ def egn(objective: Objective, *, memory: Memory = "auto") -> Outer | Dense:
 
     With m outputs of all terms together it is known by an m x m matrix, the inner products of its rows, from as many
     backward passes as an example has outputs. Where what they send back to all layers does not fit into `memory` bytes
-    they are made again, for some layers at a time; the Jacobian is never held. A product, with the matrix or its inverse, is one with the Jacobian
-    and one with its transpose; trace, eigenvalues and log-determinant are exact. What a vector has outside of the rows,
-    its rounding included, the inverse divides by the damping: where that is small, measure in float64. Where m is not
-    below n the matrix is made in parameter space, and held whole. TooLarge where neither fits.
+    they are made again, for some layers at a time; the Jacobian is never held. A product, with the matrix or its
+    inverse, is one with the Jacobian and one with its transpose; trace, eigenvalues and log-determinant are exact. What
+    a vector has outside of the rows, its rounding included, the inverse divides by the damping: where that is small,
+    measure in float64. Where m is not below n the matrix is made in parameter space, and held whole. TooLarge where
+    neither fits.
 
     It is the matrix of `ggn`, regulariser included, for all the data of the objective: as a rule one batch,
     `objective.on([batch])`. Korbit, Adeoye, Bemporad & Zanon 2024 (arXiv:2405.14402).

@@ -70,9 +70,9 @@ def laplace_predictive(
 
     `curvature` is a psd matrix of the objective. Of `kfac`, `ekfac` and `ggn_diagonal` the inverse is exact and has no
     more cost; that of `ggn` solves a system for every output. `prior` is the precision of the prior, a normal around 0:
-    the weight decay of the mean loss times N. Where the objective has `l2`, its `ggn` has that in it, a precision of N l2
-    that is no longer to be given here; the other matrices have not. The loss has to be a negative log-likelihood: "mse" says a noise of variance 1/2, and
-    SquaredError(scale=1 / variance) any other.
+    the weight decay of the mean loss times N. Where the objective has `l2`, its `ggn` has that in it, a precision of N
+    l2 that is no longer to be given here; the other matrices have not. The loss has to be a negative log-likelihood:
+    "mse" says a noise of variance 1/2, and SquaredError(scale=1 / variance) any other.
 
     MacKay 1992 (Neural Computation 4); Immer, Korzepa & Bauer 2021 (arXiv:2008.08217); Daxberger et al. 2021
     (arXiv:2106.14806).
