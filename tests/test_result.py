@@ -63,6 +63,7 @@ KINDS = {
     "interrupted density": lambda: interrupted(cv.spectral_density, probes=3),
     "influence": lambda: cv.influence(SMALL, SMALL, cv.identity(SMALL.space)),
     "hypergradient": lambda: hypergradient(),
+    "plane": lambda: cv.plane(SMALL, cv.random_directions(SMALL, 2), points=3),
     "pruning": lambda: cv.prune(SMALL, cv.identity(SMALL.space), sparsity=0.5),
     "mask": lambda: cv.fish_mask(SMALL, 0.2),
     "recycled solution": lambda: cv.solve(

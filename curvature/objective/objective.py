@@ -278,6 +278,17 @@ class Objective:
         model = dict(sorted({**self.params, **self.frozen, **self.buffers}.items()))
         return {"model": digest(model), "data": digest(self.batches.digests)}
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What it is made of, JSON-ready."""
+        return {
+            "model": type(self.function.module).__name__,
+            "loss": self.function.name,
+            "mode": self.mode,
+            "parameters": self.space.size,
+            "fingerprint": self.fingerprint,
+        }
+
     def save(self, path: str | Path, *, data: str | Path | None = None) -> Path:
         """Write a file from which `Objective.load` and the command line rebuild this objective; returns its path.
 

@@ -164,15 +164,7 @@ def at_once(health: Health, batch: Any, budget: float, space: ParamSpace) -> tup
 
 def source_of(name: str, objective: Objective) -> dict[str, Any]:
     """What an operator of an objective was made from."""
-    return {
-        "operator": name,
-        "model": type(objective.function.module).__name__,
-        "loss": objective.function.name,
-        "mode": objective.mode,
-        "parameters": objective.space.size,
-        "fingerprint": objective.fingerprint,
-        "rewrites": dict(objective.check().rewrites),
-    }
+    return {"operator": name, **objective.facts, "rewrites": dict(objective.check().rewrites)}
 
 
 def _retained(work: Work) -> Share:

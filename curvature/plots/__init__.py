@@ -13,6 +13,7 @@ from curvature.linalg.spectrum import SpectralDensity
 from curvature.operators.by_layer import ByLayer
 from curvature.plots.style import new_axes
 from curvature.plots.style import save_picture as save_picture
+from curvature.probes.landscape import Landscape
 from curvature.result import Estimate, Result
 
 if TYPE_CHECKING:
@@ -44,6 +45,13 @@ def _(result: ByLayer, ax: Axes | None = None, **style: Any) -> Axes:
     from curvature.plots.layers import draw_by_layer
 
     return draw_by_layer(result, new_axes() if ax is None else ax, **style)
+
+
+@plot.register(Landscape)
+def _(result: Landscape, ax: Axes | None = None, **style: Any) -> Axes:
+    from curvature.plots.landscape import draw_landscape
+
+    return draw_landscape(result, new_axes() if ax is None else ax, **style)
 
 
 @plot.register(Estimate)

@@ -103,3 +103,18 @@ def test_an_interrupted_density_says_so(density):
 def test_degenerate_spectra_can_be_drawn(eigenvalues, tmp_path):
     density = cv.spectral_density(cv.Diagonal(torch.tensor(eigenvalues).double()), probes=2, steps=5)
     assert density.save_picture(tmp_path / "a.png").exists()
+
+
+def test_landscapes_have_pictures():
+    objective = cv.demo("digits").first(60)
+    directions = cv.random_directions(objective, 3)
+    ax = cv.line(objective, directions[0], points=5, accuracy=True, held_out=list(objective.first(20).batches)).plot(
+        axes()
+    )
+    labels = {text.get_text() for text in ax.get_legend().get_texts()}
+    assert labels == {"loss", "held-out loss", "accuracy", "held-out accuracy"}
+    found = cv.plane(objective, directions[:2], points=5)
+    ax = found.plot(axes(), lowest=0.0, highest=4.0)
+    assert ax.get_xlabel() and ax.get_aspect() == 1.0
+    with pytest.raises(TypeError, match="no picture"):
+        cv.volume(objective, directions, points=3).plot(axes())

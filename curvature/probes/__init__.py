@@ -1,0 +1,1 @@
+"""What the loss looks like around the parameters, and between sets of them."""

@@ -1,0 +1,171 @@
+"""The loss at many points of the parameter space: as many at once as is fast, in as few passes over the data.
+
+No derivatives are asked for, so that any model will do; what is not finite is returned as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from curvature.objective.batches import leading
+from curvature.objective.losses import accuracy_of
+from curvature.objective.objective import Objective
+from curvature.objective.passes import Passes, Sums
+from curvature.operators.engine import SMALL, budget_of, vmapped
+
+Norm = Literal["frozen", "recalibrated", "batch"]
+Program = Callable[[Tensor], Tensor]  # a point (n,) -> sums over the terms of a batch, (s,)
+Share = Callable[[Tensor], Tensor]  # points (k, n) -> (k, s), in float64
+
+TOGETHER = 8  # times as large as SMALL: the largest tensors of all points that are computed at once
+BLOCK = 1 << 26  # entries of points that are held at once: 256 MiB in float32
+
+
+class Points:
+    """What an objective is at points of its space: its loss and, if asked for, the share of right answers; then the
+    same of other data, `held_out`.
+
+    `norm` says what batch normalisation does away from the parameters: "frozen" keeps the statistics that the model has
+    learned, "recalibrated" takes those of the objective's data, anew at every point, and "batch" those of each batch,
+    as in training. Points are computed together where tensors are so small that calls are what takes time.
+    Convolutions with several weights at once are slow: models with these go one point at a time.
+    """
+
+    def __init__(
+        self, objective: Objective, *, norm: Norm = "frozen", accuracy: bool = False, held_out: Any = None
+    ) -> None:
+        if norm not in ("frozen", "recalibrated", "batch"):
+            raise ValueError(f"norm is 'frozen', 'recalibrated' or 'batch', but got {norm!r}.")
+        self.objective = objective.in_mode("train") if norm == "batch" else objective
+        self.others = [] if held_out is None else [self.objective.on(held_out)]
+        self.recalibrated = norm == "recalibrated"
+        self.right = accuracy_of(objective.loss) if accuracy else None
+        budget = budget_of("auto", objective.space.device)
+        self._passes = [Passes(o, partial(self._share, o), budget=budget) for o in (self.objective, *self.others)]
+
+    @property
+    def names(self) -> list[str]:
+        """What the values at a point are, in order."""
+        own = ["loss"] if self.right is None else ["loss", "accuracy"]
+        return [*own, *(f"held_out_{name}" for _ in self.others for name in own)]
+
+    def __call__(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k m"]:
+        """The values at each row, in float64."""
+        space = self.objective.space
+        rows = rows.to(space.device, space.dtype)
+        if self.recalibrated:
+            return torch.cat([self.alone(row) for row in rows])
+        blocks = rows.split(max(1, BLOCK // space.size))
+        return torch.cat([torch.cat([self._values(p, block) for p in self._passes], dim=1) for block in blocks])
+
+    def alone(self, row: Float[Tensor, " n"]) -> Float[Tensor, "1 m"]:
+        """Those at one point, computed as the value of the objective is."""
+        objectives = [self.objective, *self.others]
+        if self.recalibrated:
+            fresh = statistics(self.objective, row)
+            objectives = [replace(o, buffers={**o.buffers, **fresh}) for o in objectives]
+
+        def share(objective: Objective, index: int, batch: Any) -> Share:
+            return _one_by_one(self._program(objective, batch))
+
+        return torch.cat([self._values(Passes(o, partial(share, o)), row[None]) for o in objectives], dim=1)
+
+    def _values(self, passes: Passes, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k m"]:
+        sums, terms = passes.total(lambda share: share(rows))
+        loss = sums[:, 0] / terms + passes.objective.l2 / 2 * rows.double().square().sum(1)
+        return torch.stack([loss, *([] if self.right is None else [sums[:, 1] / sums[:, 2]])], dim=1)
+
+    def _program(self, objective: Objective, batch: Any) -> Program:
+        """The loss summed over the terms of a batch, right answers and all, at one point."""
+        named, right = objective.space.named, self.right
+
+        def program(row: Float[Tensor, " n"]) -> Float[Tensor, " s"]:
+            if right is None:
+                return objective.total(named(row), batch).reshape(1)
+            outputs, targets = objective.outputs(named(row), batch)
+            total = objective.loss.total(outputs, targets)
+            return torch.stack([total, *(count.to(total.dtype) for count in right(outputs, targets))])
+
+        return program
+
+    def _share(self, objective: Objective, index: int, batch: Any) -> Share:
+        """The sums of a batch as a function of points; how it computes them is found out at the first one."""
+        program = self._program(objective, batch)
+        share: Share | None = None
+
+        def found(rows: Float[Tensor, "k n"]) -> Float[Tensor, "k s"]:
+            nonlocal share
+            share = share or _fastest(program, rows[0])
+            return share(rows)
+
+        return found
+
+
+def _fastest(program: Program, row: Float[Tensor, " n"]) -> Share:
+    """Many points at once where torch can, with the program as it is written or else without its autograd."""
+    with Sizes() as sizes:
+        program(row)
+    small = TOGETHER * SMALL.get(row.device.type, SMALL["other"])
+    together = 1 if sizes.convolutions else small // max(1, sizes.largest)
+    for make in (lambda: program, lambda: make_fx(program)(row)):
+        with suppress(Exception):  # what neither vmap nor the tracer can do goes point by point
+            if together > 1:
+                made = make()
+                vmapped(made, row[None], together, strict=True)
+                return lambda rows: vmapped(made, rows, together).detach().double()
+    return _one_by_one(program)
+
+
+def _one_by_one(program: Program) -> Share:
+    return lambda rows: torch.stack([program(row).detach().double() for row in rows])
+
+
+def statistics(objective: Objective, row: Float[Tensor, " n"]) -> dict[str, Tensor]:
+    """The means and variances that batch normalisations have on the data at a point: averages over its batches, each by
+    its number of examples.
+
+    A layer moves its statistics towards those of a batch, by its momentum: from zeros that leaves their multiple.
+    """
+    training = objective.in_mode("train")
+    momenta = {
+        f"{path}.{name}".lstrip("."): layer.momentum or 1.0
+        for path, layer in objective.function.module.named_modules()
+        if isinstance(layer, _BatchNorm)
+        for name in ("running_mean", "running_var")
+    }
+    kept = {name: tensor for name, tensor in objective.buffers.items() if name in momenta}
+    counts = {name: t for name, t in objective.buffers.items() if name.endswith("num_batches_tracked")}
+
+    def see(batch: Any) -> Sums:
+        fresh = {name: torch.zeros_like(tensor) for name, tensor in {**kept, **counts}.items()}
+        training.function.total({**training.complete(training.space.named(row)), **fresh}, batch)
+        size = float(leading(batch) or 1)
+        return Sums({name: fresh[name].double() * (size / momenta[name]) for name in kept} | {"": torch.tensor(size)})
+
+    sums, _ = Passes(training).total(see)
+    return {name: (sums[name] / sums[""]).to(tensor.dtype) for name, tensor in kept.items()}
+
+
+class Sizes(TorchDispatchMode):
+    """Sees how many bytes the largest tensor has that is made, and whether there are convolutions."""
+
+    largest = 0
+    convolutions = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.convolutions |= "convolution" in str(func)
+        made = [t for t in (result if isinstance(result, tuple | list) else [result]) if isinstance(t, Tensor)]
+        self.largest = max([self.largest, *(t.numel() * t.element_size() for t in made)])
+        return result
