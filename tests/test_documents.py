@@ -26,7 +26,19 @@ def test_python_in_the_readme_runs(tmp_path, monkeypatch):
 
 def test_every_public_name_is_in_the_readme():
     public = {name for name in vars(cv) if not name.startswith("_") and name[0].isalpha()}
-    modules = {"assets", "errors", "io", "linalg", "objective", "operators", "plots", "probes", "progress", "result", "uses"}
+    modules = {
+        "assets",
+        "errors",
+        "io",
+        "linalg",
+        "objective",
+        "operators",
+        "plots",
+        "probes",
+        "progress",
+        "result",
+        "uses",
+    }
     for name in public - modules:
         assert name in README, f"{name} is exported but not in the README's table"
 
