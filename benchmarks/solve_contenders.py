@@ -6,7 +6,8 @@ curvlinops  its conjugate gradients and Neumann series, for one and several righ
             is that from our answer: on few data in float64 it says whether both mean the same. Its CG makes no step
             where p.A p < 1e-10, for |b| = 1, which comes before small residuals do: here it gets eps=1e-30
 egn         the direction (G + damping I)^-1 g of a batch from `egn`, with as much memory as there is or little, and
-            from the whole Jacobian, in processes of their own: `MiB` beyond what a first gradient left
+            from the whole Jacobian, in processes of their own: `MiB` beyond what a gradient left,
+                which like the check of the objective has been before
 influence   the scores of all training digits for held-out ones, and Spearman's correlation, in the mean over these,
             with the scores by CG and the GGN, and by MINRES and the Hessian, with one damping for all. CG and the
             sketch of pyDVL are for the Hessian; what it calls Gauss-Newton is the empirical Fisher matrix
@@ -34,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from measure import Clock, peak_since
 from operators import failure
-from problems import Batch, Loader, Problem, gradient, problem_of
+from problems import Batch, Loader, Problem, problem_of
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
@@ -50,7 +51,7 @@ TERMS = 50  # of a Neumann series
 DAMPING = 0.1  # of directions
 DAMPED = 1e-2  # of influence, over the largest eigenvalue: the Hessian is positive definite with it
 RANK = 64  # of pyDVL's sketch
-LITTLE = 64 << 20  # bytes
+LITTLE = 32 << 20  # bytes
 Rows = list[dict[str, Any]]
 
 
@@ -255,7 +256,7 @@ def curvlinops(quick: bool, rounds: int) -> Iterator[tuple[str, Rows]]:
 # --- exact Gauss-Newton directions
 
 
-def _from_jacobian(problem: Problem, g: Tensor, damping: float) -> Tensor:
+def _from_jacobian(problem: Problem, objective: cv.Objective, g: Tensor) -> Tensor:
     """(g - K^T (K K^T + T damping I)^-1 K g) / damping for K = R^T J, R R^T the Hessian of each of T losses."""
     params = {name: p.detach() for name, p in problem.module.named_parameters()}
 
@@ -268,17 +269,15 @@ def _from_jacobian(problem: Problem, g: Tensor, damping: float) -> Tensor:
         p = problem.module(problem.inputs).softmax(1)
     R = torch.diag_embed(p.sqrt()) - p[:, :, None] * p.sqrt()[:, None, :]
     K = (R.mT @ J).flatten(0, 1)
-    gram = K @ K.T + len(p) * damping * torch.eye(len(K))
-    return (g - K.T @ torch.linalg.solve(gram, K @ g)) / damping
+    gram = K @ K.T + len(p) * DAMPING * torch.eye(len(K))
+    return (g - K.T @ torch.linalg.solve(gram, K @ g)) / DAMPING
 
 
-def _by_egn(memory: Any, problem: Problem, g: Tensor, damping: float) -> Tensor:
-    pair = problem.inputs, problem.targets
-    objective = cv.Objective.of(problem.module, cv.CrossEntropy(), pair, batch_size=len(pair[0]))
-    return cv.inverse(cv.egn(objective, memory=memory), damping=damping) @ g
+def _by_egn(memory: Any, problem: Problem, objective: cv.Objective, g: Tensor) -> Tensor:
+    return cv.inverse(cv.egn(objective, memory=memory), damping=DAMPING) @ g
 
 
-DIRECTIONS: dict[str, Callable[[Problem, Tensor, float], Tensor]] = {
+DIRECTIONS: dict[str, Callable[[Problem, cv.Objective, Tensor], Tensor]] = {
     "whole Jacobian": _from_jacobian,
     "egn": partial(_by_egn, "auto"),
     f"egn, {LITTLE >> 20} MiB": partial(_by_egn, LITTLE),
@@ -288,9 +287,12 @@ DIRECTIONS: dict[str, Callable[[Problem, Tensor, float], Tensor]] = {
 def alone(name: str, quick: bool, file: str) -> dict[str, float]:
     """Seconds and MiB of one way to a direction, which is saved."""
     problem = problem_of("resnet", "quick" if quick else "cpu", CPU)
-    g = torch.cat([t.flatten() for t in gradient(problem, problem.loader("one batch"))])
+    pair = problem.inputs, problem.targets
+    objective = cv.Objective.of(problem.module, cv.CrossEntropy(), pair, batch_size=len(pair[0]))
+    objective.check()
+    g = objective.gradient()
     used = peak_since(CPU)
-    x, seconds = timed(lambda: DIRECTIONS[name](problem, g, DAMPING))
+    x, seconds = timed(lambda: DIRECTIONS[name](problem, objective, g))
     memory = used()
     torch.save(x, file)
     return {"seconds": seconds, "MiB": memory}
