@@ -86,7 +86,7 @@ class ScalarLoss:
     def no_outputs(self) -> BadObjective:
         """The error of asking for what needs the outputs of the model."""
         return BadObjective(
-            f"{self.name} returns a scalar, but the outputs of the model are needed.",
+            f"{self.name} returns a scalar, and this needs the model's outputs.",
             "Build the objective with Objective.of(model, loss, data); of a scalar there is the Hessian.",
         )
 

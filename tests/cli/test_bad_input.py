@@ -419,8 +419,8 @@ def test_data_that_can_be_read_only_once(refused):
 def test_no_gauss_newton_matrix_of_a_scalar(refused):
     options = ("--loss", "./task.py:loss", "--data", "train.npz", "--operator", "ggn", "--out", "run")
     cause, fix = refused(UNFIT, "./task.py:stock", *options)
-    assert cause == "loss returns a scalar, but the outputs of the model are needed."
-    assert "ask for the Hessian" in fix
+    assert cause == "loss returns a scalar, and this needs the model's outputs."
+    assert "there is the Hessian" in fix
 
 
 def test_nothing_to_differentiate(refused):
