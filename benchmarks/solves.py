@@ -196,7 +196,7 @@ def recycled(earlier: Callable[[System], cv.Objective], system: System) -> Appro
 
 def step_before(system: System) -> cv.Objective:
     objective = system.objective
-    return objective.at(objective.space.flatten(objective.params.values()) + STEP * objective.gradient())
+    return objective.at(objective.position + STEP * objective.gradient())
 
 
 def half_of_data(system: System) -> cv.Objective:

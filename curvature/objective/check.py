@@ -253,7 +253,7 @@ def _least_difference(objective: Objective, batch: Any) -> float | None:
     a model computes parts of itself in float32 whatever it is given, and a wrong product agrees with none.
     """
     space = objective.space
-    center = space.flatten(objective.params.values())
+    center = objective.position
     scale = max(1.0, _norm([center]))
     aside, *directions = space.draw(1 + len(STEPS), seed=objective.seed, kind="sphere") / space.size**0.5
     center = center + BESIDE * scale * aside

@@ -147,6 +147,11 @@ class Objective:
         """The space of flat parameter vectors."""
         return ParamSpace.of(self.params)
 
+    @property
+    def position(self) -> Float[Tensor, " n"]:
+        """The parameters, flat: where this is."""
+        return self.space.flatten(self.params.values())
+
     def average(self, term: Callable[[Any], Tensor]) -> Tensor:
         """The sum of `term(batch)` over the data divided by the number of terms, in one pass over the data.
 
@@ -182,7 +187,7 @@ class Objective:
     def gradient(self) -> Float[Tensor, " n"]:
         """The gradient of L at the parameters, flat."""
         gradient = self.average(lambda batch: gradient_of(self, batch))
-        return gradient + self.l2 * self.space.flatten(self.params.values()) if self.l2 else gradient
+        return gradient + self.l2 * self.position if self.l2 else gradient
 
     def leaves(self) -> dict[str, Tensor]:
         """The parameters as fresh leaves of a graph."""

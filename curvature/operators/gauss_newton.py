@@ -132,7 +132,7 @@ def _reverse(middle: Middle, objective: Objective, index: int, batch: Any) -> Li
 
 def _forward(middle: Middle, objective: Objective, index: int, batch: Any) -> Linear:
     space = objective.space
-    flat = space.flatten(objective.params.values())
+    flat = objective.position
 
     def model(vector: Tensor) -> Tensor:
         return objective.outputs(space.named(vector), batch)[0]

@@ -33,7 +33,7 @@ def _reverse(objective: Objective, index: int, batch: Any) -> Linear:
 
 def _forward(objective: Objective, index: int, batch: Any) -> Linear:
     space = objective.space
-    flat = space.flatten(objective.params.values())
+    flat = objective.position
     gradient = torch.func.grad(lambda vector: objective.total(space.named(vector), batch))
 
     def product(row: Tensor) -> Tensor:

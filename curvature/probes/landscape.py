@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvature.errors import Interrupted
-from curvature.linalg.work import Work
 from curvature.objective.batches import digest
 from curvature.objective.objective import Objective
 from curvature.operators.engine import need_objective
@@ -18,7 +17,6 @@ from curvature.probes.points import Norm, Points
 from curvature.progress import Run
 from curvature.result import Result
 
-AT_ONCE = 64  # points between two looks at who wants to stop, and between two records of a checkpoint
 POINTS = {1: 101, 2: 51, 3: 21}  # along each axis
 
 
@@ -110,28 +108,24 @@ def _looked(question: str, objective: Objective, directions: Float[Tensor, "d n"
     space = objective.space
     radius, crowd, count = grid.get("radius", 1.0), grid.get("crowd", 1.0), grid.get("points", POINTS[axes])
     _check(question, space.size, directions, axes, radius, crowd, count)
-    norm, accuracy = grid.get("norm", "frozen"), grid.get("accuracy", False)
-    points = Points(objective, norm=norm, accuracy=accuracy, held_out=grid.get("held_out"))
+    points = Points(
+        objective,
+        norm=grid.get("norm", "frozen"),
+        accuracy=grid.get("accuracy", False),
+        held_out=grid.get("held_out"),
+    )
     directions = directions.detach().to(space.device, space.dtype)
     even = torch.linspace(-1, 1, count, dtype=torch.float64)
     coordinates = radius * even.sign() * even.abs() ** crowd
     offsets = torch.cartesian_prod(*[coordinates] * axes).reshape(-1, axes)
-    options = {"radius": radius, "points": count, "crowd": crowd, "norm": norm, "accuracy": accuracy}
-    looked = [points.objective, *points.others]
-    options |= {"directions": digest(directions), "held_out": [o.fingerprint["data"] for o in points.others]}
-    work = Work(
-        question,
-        options=options,
-        seed=None,
-        run=grid.get("run"),
-        described=lambda: {"operator": question, **points.objective.facts, "shape": [space.size, space.size]},
-        meters=lambda: [o.meter for o in looked],
-        device=space.device,
-    )
-    found = torch.full((len(offsets), len(points.names)), torch.nan, dtype=torch.float64)
-    flat, middle = space.flatten(objective.params.values()), len(offsets) // 2
+    options = {"radius": radius, "points": count, "crowd": crowd, "directions": digest(directions)}
+    work = points.work(question, options, grid.get("run"))
+    found, flat = points.nothing(len(offsets)), objective.position
+    # the middle by itself, so that it is the value of the objective to the last bit
+    centre = work.piece(lambda: {"values": points.alone(flat)})["values"].cpu()
 
     def result(*, complete: bool) -> Landscape:
+        found[len(offsets) // 2] = centre
         values = dict(zip(points.names, found.T.reshape(-1, *[count] * axes), strict=True))
         return Landscape(
             coordinates=coordinates,
@@ -143,14 +137,7 @@ def _looked(question: str, objective: Objective, directions: Float[Tensor, "d n"
         )
 
     try:
-        # the middle by itself, so that it is the value of the objective to the last bit
-        found[middle] = work.piece(lambda: {"values": points.alone(flat)})["values"].cpu()
-        for start in range(0, len(offsets), AT_ONCE):
-            some = slice(start, min(start + AT_ONCE, len(offsets)))
-            values = work.piece(lambda some=some: {"values": points(flat + space.combine(offsets[some], directions))})
-            keep = torch.arange(some.start, some.stop) != middle
-            found[some][keep] = values["values"].cpu()[keep]
-            work.report(some.stop, len(offsets), unit="points")
+        points.fill(found, work, lambda some: flat + space.combine(offsets[some], directions))
     except KeyboardInterrupt as stop:
         raise Interrupted(result(complete=False)) from stop
     return result(complete=True)

@@ -5,7 +5,7 @@ No derivatives are asked for, so that any model will do; what is not finite is r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -18,16 +18,19 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from curvature.linalg.work import Work
 from curvature.objective.batches import leading
 from curvature.objective.losses import accuracy_of
 from curvature.objective.objective import Objective
 from curvature.objective.passes import Passes, Sums
 from curvature.operators.engine import SMALL, budget_of, vmapped
+from curvature.progress import Run
 
 Norm = Literal["frozen", "recalibrated", "batch"]
 Program = Callable[[Tensor], Tensor]  # a point (n,) -> sums over the terms of a batch, (s,)
 Share = Callable[[Tensor], Tensor]  # points (k, n) -> (k, s), in float64
 
+AT_ONCE = 64  # points between two looks at who wants to stop, and between two records of a checkpoint
 TOGETHER = 8  # times as large as SMALL: the largest tensors of all points that are computed at once
 BLOCK = 1 << 26  # entries of points that are held at once: 256 MiB in float32
 
@@ -47,9 +50,10 @@ class Points:
     ) -> None:
         if norm not in ("frozen", "recalibrated", "batch"):
             raise ValueError(f"norm is 'frozen', 'recalibrated' or 'batch', but got {norm!r}.")
+        self.norm: Norm = norm
         self.objective = objective.in_mode("train") if norm == "batch" else objective
         self.others = [] if held_out is None else [self.objective.on(held_out)]
-        self.recalibrated = norm == "recalibrated"
+        self.recalibrated = norm == "recalibrated" and bool(_normalisations(objective))
         self.right = accuracy_of(objective.loss) if accuracy else None
         budget = budget_of("auto", objective.space.device)
         self._passes = [Passes(o, partial(self._share, o), budget=budget) for o in (self.objective, *self.others)]
@@ -66,8 +70,7 @@ class Points:
         rows = rows.to(space.device, space.dtype)
         if self.recalibrated:
             return torch.cat([self.alone(row) for row in rows])
-        blocks = rows.split(max(1, BLOCK // space.size))
-        return torch.cat([torch.cat([self._values(p, block) for p in self._passes], dim=1) for block in blocks])
+        return torch.cat([self._values(passes, rows) for passes in self._passes], dim=1)
 
     def alone(self, row: Float[Tensor, " n"]) -> Float[Tensor, "1 m"]:
         """Those at one point, computed as the value of the objective is."""
@@ -80,6 +83,33 @@ class Points:
             return _one_by_one(self._program(objective, batch))
 
         return torch.cat([self._values(Passes(o, partial(share, o)), row[None]) for o in objectives], dim=1)
+
+    def work(self, question: str, options: Mapping[str, Any], run: Run | None, seed: int | None = None) -> Work:
+        """Work on a question that these values answer."""
+        asked, space = [self.objective, *self.others], self.objective.space
+        others = [other.fingerprint["data"] for other in self.others]
+        own = {"norm": self.norm, "accuracy": self.right is not None, "held_out": others}
+        return Work(
+            question,
+            options={**options, **own},
+            seed=seed,
+            run=run,
+            described=lambda: {"operator": question, **self.objective.facts, "shape": [space.size, space.size]},
+            meters=lambda: [objective.meter for objective in asked],
+            device=space.device,
+        )
+
+    def nothing(self, count: int) -> Float[Tensor, "count m"]:
+        """Room for the values at so many points, not-a-number until `fill` comes."""
+        return torch.full((count, len(self.names)), torch.nan, dtype=torch.float64)
+
+    def fill(self, found: Float[Tensor, "c m"], work: Work, rows: Callable[[slice], Float[Tensor, "k n"]]) -> None:
+        """Write the values at c points into `found`, those of a slice of them at a time: a piece of the work each."""
+        step = max(1, min(AT_ONCE, BLOCK // self.objective.space.size))
+        for start in range(0, len(found), step):
+            some = slice(start, min(start + step, len(found)))
+            found[some] = work.piece(lambda some=some: {"values": self(rows(some))})["values"].cpu()
+            work.report(some.stop, len(found), unit="points")
 
     def _values(self, passes: Passes, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k m"]:
         sums, terms = passes.total(lambda share: share(rows))
@@ -137,13 +167,7 @@ def statistics(objective: Objective, row: Float[Tensor, " n"]) -> dict[str, Tens
 
     A layer moves its statistics towards those of a batch, by its momentum: from zeros that leaves their multiple.
     """
-    training = objective.in_mode("train")
-    momenta = {
-        f"{path}.{name}".lstrip("."): layer.momentum or 1.0
-        for path, layer in objective.function.module.named_modules()
-        if isinstance(layer, _BatchNorm)
-        for name in ("running_mean", "running_var")
-    }
+    training, momenta = objective.in_mode("train"), _normalisations(objective)
     kept = {name: tensor for name, tensor in objective.buffers.items() if name in momenta}
     counts = {name: t for name, t in objective.buffers.items() if name.endswith("num_batches_tracked")}
 
@@ -155,6 +179,16 @@ def statistics(objective: Objective, row: Float[Tensor, " n"]) -> dict[str, Tens
 
     sums, _ = Passes(training).total(see)
     return {name: (sums[name] / sums[""]).to(tensor.dtype) for name, tensor in kept.items()}
+
+
+def _normalisations(objective: Objective) -> dict[str, float]:
+    """The momentum of every running statistic of batch normalisation, by the name of its buffer."""
+    return {
+        f"{path}.{name}".lstrip("."): layer.momentum or 1.0
+        for path, layer in objective.function.module.named_modules()
+        if isinstance(layer, _BatchNorm) and layer.track_running_stats
+        for name in ("running_mean", "running_var")
+    }
 
 
 class Sizes(TorchDispatchMode):

@@ -149,7 +149,7 @@ class _Quadratic:
 
     @classmethod
     def at(cls, objective: Objective, inverse: LinearOperator) -> _Quadratic:
-        weights = objective.space.flatten(objective.params.values()).double()
+        weights = objective.position.double()
         places, curvature = weights != 0, inverse_of(inverse)
         if not places.any():
             raise ValueError("All weights are zero: there is none left to prune. Start from trained ones.")

@@ -97,7 +97,7 @@ def classifier(**options) -> cv.Objective:
 
 def by_differences(objective: cv.Objective, rows: Tensor, step: float = 1e-3) -> Tensor:
     """The Hessian times each row from first derivatives alone: central differences of sixth order."""
-    center = objective.space.flatten(objective.params.values())
+    center = objective.position
     products = []
     for row in rows * step:
         near, far, farther = (

@@ -24,7 +24,7 @@ def newton(objective: cv.Objective, steps: int = 30) -> cv.Objective:
         if float(gradient.norm()) < 1e-13:
             break
         matrix = cv.hessian(objective).dense()
-        flat = objective.space.flatten(objective.params.values())
+        flat = objective.position
         objective = objective.at(flat - torch.linalg.solve(matrix, gradient))
     return objective
 

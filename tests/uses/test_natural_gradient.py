@@ -66,7 +66,7 @@ def test_a_step_along_it_solves_least_squares():
     model = nn.Linear(3, 2).double()
     objective = cv.Objective.of(model, "mse", (x, y))
     step = cv.natural_gradient(objective, damping=0.0, rtol=1e-12).x
-    there = objective.at(objective.space.flatten(objective.params.values()) - step)
+    there = objective.at(objective.position - step)
     assert objective.value() > 0.1 and there.value() < 1e-20
 
 

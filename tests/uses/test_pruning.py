@@ -77,7 +77,7 @@ def test_of_many_the_rest_is_refitted_and_the_increase_predicted(count):
 
 def test_separate_removals_add_up_their_steps_and_know_nothing_of_each_other():
     objective, *_ = regression()
-    H, w = hessian_inverse(objective), objective.space.flatten(objective.params.values())
+    H, w = hessian_inverse(objective), objective.position
     joint, separate = (cv.prune(objective, H, sparsity=0.5, method=m) for m in ("joint", "separate"))
     dense = H.dense()
     steps = [-w[a] * dense[:, a] / dense[a, a] for a in (~separate.mask).nonzero().flatten()]
@@ -136,7 +136,7 @@ def structures() -> dict[str, cv.LinearOperator]:
 @pytest.mark.parametrize("zeros", [[], [2, 4, 6]])
 def test_it_does_not_matter_how_the_inverse_is_held(name, method, zeros):
     objective, *_ = regression()
-    start = objective.space.flatten(objective.params.values()).clone()
+    start = objective.position.clone()
     start[zeros] = 0
     objective, H = objective.at(start), structures()[name]
     found = cv.prune(objective, H, sparsity=0.75, method=method)
@@ -187,7 +187,7 @@ def test_in_rounds_it_goes_further_and_biases_are_as_they_were():
         window = cv.gradient_window(objective, 256, seed=k)
         pruned = cv.prune(objective, cv.inverse(window.fisher, damping=1e-4), sparsity=1 - 0.1 ** (k / 4))
         assert not (pruned.mask & ~kept).any() and torch.equal(pruned.params != 0, pruned.mask)
-        moved = pruned.params != objective.space.flatten(objective.params.values())
+        moved = pruned.params != objective.position
         assert moved[pruned.mask].double().mean() > 0.95  # those of pixels that are always dark have no say
         objective, kept = objective.at(pruned.params), pruned.mask
     assert pruned.sparsity == pytest.approx(0.9, abs=1e-4)
