@@ -78,12 +78,15 @@ from curvature.operators.subsamples import subsampled as subsampled
 from curvature.operators.window import gradient_window as gradient_window
 from curvature.probes.directions import from_optimizer as from_optimizer
 from curvature.probes.directions import orthogonal as orthogonal
+from curvature.probes.directions import positions as positions
 from curvature.probes.directions import random_directions as random_directions
 from curvature.probes.directions import to_scale as to_scale
 from curvature.probes.landscape import Landscape as Landscape
 from curvature.probes.landscape import line as line
 from curvature.probes.landscape import plane as plane
 from curvature.probes.landscape import volume as volume
+from curvature.probes.trajectory import Trajectory as Trajectory
+from curvature.probes.trajectory import trajectory as trajectory
 from curvature.progress import Progress as Progress
 from curvature.progress import Run as Run
 from curvature.result import Cost as Cost

@@ -64,6 +64,8 @@ KINDS = {
     "influence": lambda: cv.influence(SMALL, SMALL, cv.identity(SMALL.space)),
     "hypergradient": lambda: hypergradient(),
     "plane": lambda: cv.plane(SMALL, cv.random_directions(SMALL, 2), points=3),
+    "Hessian plane": lambda: cv.plane(SMALL, cv.eigsh(cv.hessian(SMALL), 2), points=3),
+    "trajectory": lambda: cv.trajectory(SMALL, torch.eye(SMALL.space.size).double()[:4].cumsum(0)),
     "pruning": lambda: cv.prune(SMALL, cv.identity(SMALL.space), sparsity=0.5),
     "mask": lambda: cv.fish_mask(SMALL, 0.2),
     "recycled solution": lambda: cv.solve(

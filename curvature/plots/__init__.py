@@ -5,6 +5,7 @@ Needs the extra `plot`; importing this module without matplotlib raises an error
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import singledispatch
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,13 @@ from curvature.operators.by_layer import ByLayer
 from curvature.plots.style import new_axes
 from curvature.plots.style import save_picture as save_picture
 from curvature.probes.landscape import Landscape
+from curvature.probes.trajectory import Trajectory
 from curvature.result import Estimate, Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from plotly.graph_objects import Figure as PlotlyFigure
 
 
 @singledispatch
@@ -48,10 +52,31 @@ def _(result: ByLayer, ax: Axes | None = None, **style: Any) -> Axes:
 
 
 @plot.register(Landscape)
-def _(result: Landscape, ax: Axes | None = None, **style: Any) -> Axes:
+def _(result: Landscape, ax: Axes | None = None, *, surface: bool = False, **style: Any) -> Axes:
     from curvature.plots.landscape import draw_landscape
 
-    return draw_landscape(result, new_axes() if ax is None else ax, **style)
+    return draw_landscape(result, new_axes("3d" if surface else None) if ax is None else ax, **style)
+
+
+@plot.register(Trajectory)
+def _(result: Trajectory, ax: Axes | None = None, **style: Any) -> Axes:
+    from curvature.plots.landscape import draw_trajectory
+
+    return draw_trajectory(result, new_axes() if ax is None else ax, **style)
+
+
+def interactive(result: Landscape) -> PlotlyFigure:
+    """A plotly figure of a landscape: a curve, a surface that can be turned, or the nested surfaces of a volume."""
+    from curvature.plots.browser import turnable
+
+    return turnable(result)
+
+
+def compare(results: Mapping[str, Landscape], **style: Any) -> Figure:
+    """A figure of landscapes by name: lines on common axes, planes beside each other on one scale of colours."""
+    from curvature.plots.landscape import compare_landscapes
+
+    return compare_landscapes(results, **style)
 
 
 @plot.register(Estimate)

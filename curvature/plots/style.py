@@ -14,17 +14,18 @@ if importlib.util.find_spec("matplotlib") is None:
     raise ImportError('Pictures need matplotlib: pip install "curvature-toolkit[plot]".')
 
 # Okabe & Ito 2008: told apart with every kind of colour blindness, and in grey
-BLUE, ORANGE, GREY, BLACK = "#0072B2", "#D55E00", "#8c8c8c", "#222222"
-
+BLUE, ORANGE, GREEN, PINK, SKY, YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
+GREY, BLACK, WHITE = "#8c8c8c", "#222222", "#ffffff"
+COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, GREY, BLACK)  # of curves that are compared
 
 SIZE = (7.0, 4.2)  # inches
 
 
-def new_axes() -> Axes:
+def new_axes(projection: str | None = None) -> Axes:
     """Axes on a new figure of pyplot, so that notebooks show it and `plt.show()` finds it."""
     from matplotlib import pyplot
 
-    return pyplot.subplots(figsize=SIZE, layout="constrained")[1]
+    return pyplot.subplots(figsize=SIZE, layout="constrained", subplot_kw={"projection": projection})[1]
 
 
 def save_picture(draw: Callable[[Axes], Axes], path: Path) -> None:

@@ -5,6 +5,7 @@ Rows of any origin can be stacked: the eigenvectors of `eigsh`, a gradient, the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -62,6 +63,29 @@ def orthogonal(rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
         made.append(rest / left)
     lengths = rows.double().norm(dim=1, keepdim=True)
     return (torch.stack(made) * lengths).to(rows.dtype)
+
+
+def positions(
+    objective: Objective, places: Iterable[Objective | Tensor | Mapping[str, Tensor]]
+) -> Float[Tensor, "k n"]:
+    """Parameters as rows: of the same model's objectives, flat vectors, or state_dicts.
+
+    The way from here to other checkpoints, as directions, is `positions(objective, others) - objective.position`.
+    """
+    need_objective("positions", objective)
+    space, rows = objective.space, []
+    for place in places:
+        if isinstance(place, Mapping):
+            place = objective.with_state(place)
+        row = place.position if isinstance(place, Objective) else place
+        if not isinstance(row, Tensor) or row.shape != (space.size,):
+            found = tuple(row.shape) if isinstance(row, Tensor) else type(row).__name__
+            raise ValueError(
+                f"Expected an objective of {space.size:,} parameters, a flat vector of them or a state_dict, but got "
+                f"{found}."
+            )
+        rows.append(row.detach().to(space.device, space.dtype))
+    return torch.stack(rows) if rows else space.empty
 
 
 def from_optimizer(

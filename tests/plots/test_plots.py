@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 
 import curvature as cv
+from curvature.plots import compare, interactive
 from curvature.plots.spectrum import _backward, _forward
 
 
@@ -116,5 +119,71 @@ def test_landscapes_have_pictures():
     found = cv.plane(objective, directions[:2], points=5)
     ax = found.plot(axes(), lowest=0.0, highest=4.0)
     assert ax.get_xlabel() and ax.get_aspect() == 1.0
-    with pytest.raises(TypeError, match="no picture"):
+    with pytest.raises(TypeError, match="no flat picture"):
         cv.volume(objective, directions, points=3).plot(axes())
+
+
+def test_a_surface_has_the_losses_as_heights():
+    objective = cv.demo("digits").first(60)
+    found = cv.plane(objective, cv.random_directions(objective, 2), points=5)
+    ax = Figure().add_subplot(projection="3d")
+    assert found.plot(ax) is ax
+    assert ax.get_zlabel() == "loss"
+    low, high = ax.get_zlim()
+    assert low <= float(found.loss.min()) and high >= float(found.loss.max())
+    cut = found.plot(Figure().add_subplot(projection="3d"), highest=found.centre + 0.1)
+    assert cut.get_zlim()[1] < high
+    assert found.plot(surface=True).name == "3d"
+
+
+def test_runs_are_drawn_in_planes_and_by_themselves():
+    objective = cv.demo("digits").first(60)
+    steps = torch.randn(6, objective.space.size, generator=torch.Generator().manual_seed(0))
+    run = cv.trajectory(objective, objective.position + 0.1 * steps.cumsum(0))
+    ax = run.plot(axes())
+    np.testing.assert_array_equal(ax.get_lines()[0].get_xydata(), run.coordinates.numpy())
+    assert "a random walk: 8" in ax.get_xlabel()
+    ground = cv.plane(objective.at(run.centre), run.directions, points=5, radius=9.0)
+    drawn = ground.plot(axes(), trajectory=run.coordinates).get_lines()[0].get_xydata()
+    np.testing.assert_array_equal(drawn, run.coordinates.numpy())
+    with pytest.raises(TypeError, match="one component has no picture"):
+        cv.trajectory(objective, objective.position + steps, count=1).plot(axes())
+
+
+def test_landscapes_are_compared_on_one_scale():
+    objective = cv.demo("digits").first(60)
+    directions = cv.random_directions(objective, 2)
+    lines = {name: cv.line(objective, row, points=5) for name, row in zip("ab", directions, strict=True)}
+    figure = compare(lines)
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["a", "b"]
+    planes = {
+        "near": cv.plane(objective, directions, points=5, radius=0.2),
+        "far": cv.plane(objective, directions, points=5),
+    }
+    figure = compare(planes)
+    assert [ax.get_title() for ax in figure.axes[:2]] == ["near", "far"]
+    bounds = [ax.collections[0].get_clim() for ax in figure.axes[:2]]
+    assert bounds[0] == bounds[1] and len(figure.axes) == 3  # one bar for both
+    with pytest.raises(ValueError, match="all lines or all planes"):
+        compare({**lines, **planes})
+
+
+def test_landscapes_can_be_turned_in_a_browser():
+    pytest.importorskip("plotly")
+    objective = cv.demo("digits").first(60)
+    directions = cv.random_directions(objective, 3)
+    line = cv.line(objective, directions[0], points=5)
+    np.testing.assert_array_equal(interactive(line).data[0].y, line.loss.numpy())
+    plane = cv.plane(objective, directions[:2], points=5)
+    drawn = interactive(plane).data[0]
+    np.testing.assert_array_equal(drawn.z, plane.loss.numpy().T)  # plotly has a row for every y
+    volume = cv.volume(objective, directions, points=3)
+    drawn = interactive(volume).data[0]
+    assert drawn.text[1] == f"{float(volume.loss[0, 0, 1]):.4g}" and drawn.z[1] == 0.0
+
+
+def test_without_plotly_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    objective = cv.demo("digits").first(60)
+    with pytest.raises(ImportError, match=r"curvature-toolkit\[interactive\]"):
+        interactive(cv.line(objective, cv.random_directions(objective, 1)[0], points=3))

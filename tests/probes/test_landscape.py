@@ -74,6 +74,51 @@ def test_along_the_axes_of_a_quadratic_it_is_the_quadratic():
     assert float(crowded.coordinates[11]) == pytest.approx(1e-3) and float(crowded.coordinates[-1]) == 1.0
 
 
+def test_the_pairs_of_eigsh_are_directions_and_name_the_axes():
+    objective = quadratic(torch.tensor([-1.0, 0.5, 2.0, 7.0], dtype=torch.float64))
+    pairs = cv.eigsh(cv.hessian(objective), 2, which="both", rtol=1e-12)
+    found = cv.plane(objective, pairs, points=11)
+    t = found.coordinates
+    torch.testing.assert_close(found.loss, (7 * t[:, None] ** 2 - t[None, :] ** 2) / 2, rtol=0, atol=1e-12)
+    assert found.names == ("eigenvector, λ = 7", "eigenvector, λ = -1")
+
+
+def test_adaptive_coordinates_are_even_on_a_parabola_and_crowd_in_a_pit():
+    values = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    even = cv.plane(quadratic(values), torch.eye(2).double(), points=21, crowd="adaptive", radius=3.0)
+    torch.testing.assert_close(even.coordinates, torch.linspace(-3, 3, 21, dtype=torch.float64), rtol=0, atol=1e-10)
+    one = torch.ones(1, 1).double()
+    pit = cv.Objective.from_loss(
+        nn.Linear(1, 1, bias=False).double(), lambda m, x: (m(x) / 1e-3).square().mean().tanh(), one
+    ).at(torch.zeros(1).double())
+    found = cv.line(pit, torch.ones(1).double(), points=41, crowd="adaptive")
+    even = cv.line(pit, torch.ones(1).double(), points=41)
+    assert int((even.loss < 0.99).sum()) == 1 and int((found.loss < 0.99).sum()) >= 10
+    assert found.coordinates[20] == 0 and float(found.coordinates[-1]) == 1.0
+    assert (found.coordinates.diff() > 0).all()
+    torch.testing.assert_close(found.coordinates, -found.coordinates.flip(0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("crowd", [0.5, float("inf"), "auto"])
+def test_a_crowd_that_is_none_is_refused(crowd):
+    objective = quadratic(torch.ones(2).double())
+    with pytest.raises(ValueError, match="crowd is 1 or more, or 'adaptive', but got"):
+        cv.line(objective, torch.ones(2).double(), crowd=crowd)
+
+
+def test_parameters_have_coordinates_in_a_plane_of_any_axes():
+    objective = CASES[0].objective()
+    directions = cv.random_directions(objective, 2, seed=3)  # neither orthogonal nor of one length
+    found = cv.plane(objective, directions, points=3)
+    there = torch.tensor([[0.3, -2.0], [0.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    rows = flat(objective) + there.to(directions.dtype) @ directions
+    torch.testing.assert_close(found.coordinates_of(rows), there, rtol=1e-9, atol=1e-9)
+    out = torch.linalg.svd(directions, full_matrices=True).Vh[2:3]  # what is off the plane does not matter
+    torch.testing.assert_close(found.coordinates_of(rows + 5 * out), there, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match=r"Expected parameters \(k, "):
+        found.coordinates_of(rows[0])
+
+
 def test_accuracy_and_other_data():
     objective = normed()
     other = (torch.randn(7, 1, 4, 4).double(), torch.randint(0, 3, (7,)))
