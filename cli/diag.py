@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Literal
 
 from .load import load_operator
-from .options import Goal, Output, Seed, Task
+from .options import Goal, Matrix, Output, Seed, Task
 from .output import deliver, prepare
 
 
@@ -18,6 +18,7 @@ def diag(
     seed: Seed = 0,
     goal: Goal = Goal(),
     task: Task = Task(),
+    matrix: Matrix = Matrix(),
     output: Output = Output(),
 ) -> None:
     """Diagonal of the Hessian or GGN, every entry with its standard error; --out keeps them.
@@ -36,5 +37,5 @@ def diag(
     prepare(output, "diag")
     import curvature as cv
 
-    A = load_operator(model, task)
+    A = load_operator(model, task, matrix)
     deliver(lambda run: cv.diagonal(A, method=method, seed=seed, run=run, **asdict(goal)), output, "diag")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from .load import load_operator, question_of
-from .options import By, Count, Output, Positive, Seed, Task, Tolerance
+from .options import By, Count, Matrix, Output, Positive, Seed, Task, Tolerance
 from .output import deliver, prepare, warn
 
 
@@ -22,6 +22,7 @@ def eig(
     by: By = None,
     seed: Seed = 0,
     task: Task = Task(),
+    matrix: Matrix = Matrix(),
     output: Output = Output(),
 ) -> None:
     """The k eigenvalues at one end, each with its residual.
@@ -52,7 +53,7 @@ def eig(
     prepare(output, "eig")
     import curvature as cv
 
-    A = load_operator(model, task)
+    A = load_operator(model, task, matrix)
     options: dict[str, Any] = {"which": which, "method": method, "rtol": rtol, "max_steps": max_steps, "block": block}
 
     def eigsh(layer: cv.LinearOperator, *, k: int, **options: Any) -> cv.Eigenpairs:

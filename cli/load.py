@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from .code import import_from_here, is_spec, resolve
-from .options import Misuse, Task
+from .options import Look, Matrix, Misuse, Task
 from .output import warn
 
 if TYPE_CHECKING:
@@ -30,9 +30,25 @@ def question_of(
     return partial(ask, A) if by is None else partial(cv.by_layer, ask, A, by=by)
 
 
-def load_operator(model: str | None, task: Task) -> cv.LinearOperator:
+def load_operator(model: str | None, task: Task, matrix: Matrix) -> cv.LinearOperator:
     """The matrix that --operator names, of the objective; its health is checked now."""
     import curvature as cv
+    from curvature.errors import listing
+
+    objective = load_checked(model, task)
+    make = getattr(cv, matrix.operator.replace("-", "_"))
+    if matrix.operator not in STRUCTURED:
+        return make(objective, engine=matrix.engine)
+    if matrix.engine != "auto":
+        raise Misuse(f"--engine is how products are computed, but {matrix.operator} is held whole.", "Leave it out.")
+    A = make(objective)
+    if apart := [f"{name} ({reason})" for name, reason in A.source.get("diagonal", {}).items()]:
+        warn(f"{len(apart)} parameters have a diagonal block: {listing(apart, 3)}")
+    return A
+
+
+def load_checked(model: str | None, task: Task) -> cv.Objective:
+    """The objective, of which the first derivatives are known to be right; what to know of it on stderr."""
     from curvature.errors import listing
 
     objective = load_objective(model, task)
@@ -40,15 +56,12 @@ def load_operator(model: str | None, task: Task) -> cv.LinearOperator:
     if health.unused:
         unused = f"{len(health.unused)} parameters: {listing(health.unused, 3)}"
         warn(f"the loss of the first batch does not depend on {unused}")
-    make = getattr(cv, task.operator.replace("-", "_"))
-    if task.operator not in STRUCTURED:
-        return make(objective, engine=task.engine)
-    if task.engine != "auto":
-        raise Misuse(f"--engine is how products are computed, but {task.operator} is held whole.", "Leave it out.")
-    A = make(objective)
-    if apart := [f"{name} ({reason})" for name, reason in A.source.get("diagonal", {}).items()]:
-        warn(f"{len(apart)} parameters have a diagonal block: {listing(apart, 3)}")
-    return A
+    return objective
+
+
+def looking(look: Look) -> dict[str, Any]:
+    """The options of what is looked at, as the library takes them."""
+    return {"accuracy": look.accuracy, "held_out": _data(look.held_out)}
 
 
 def load_objective(model: str | None, task: Task) -> cv.Objective:
@@ -99,7 +112,7 @@ def _from_file(path: str, task: Task) -> cv.Objective:
         import_from_here()
     arch = None if task.arch is None else partial(_made, task.arch, task.arch_arg)
     if recognise(path) is FileKind.OBJECTIVE:
-        data = _data(task)
+        data = _data(task.data)
         objective = cv.Objective.load(path, trust=task.trust, arch=arch, data=data, **_cut(task))
         return _adjusted(objective, task, loaded=True)
     _need_loss_and_data(path, task)  # before the file is opened: it may be large
@@ -129,8 +142,8 @@ def _from_made(made: Any, name: str, task: Task) -> cv.Objective:
     }
     assert task.loss is not None
     if is_spec(task.loss):
-        return cv.Objective.from_loss(made, resolve(task.loss), _data(task), **options).first(task.max_examples)
-    return cv.Objective.of(made, task.loss, _data(task), **options).first(task.max_examples)
+        return cv.Objective.from_loss(made, resolve(task.loss), _data(task.data), **options).first(task.max_examples)
+    return cv.Objective.of(made, task.loss, _data(task.data), **options).first(task.max_examples)
 
 
 def _adjusted(objective: cv.Objective, task: Task, *, loaded: bool = False) -> cv.Objective:
@@ -142,7 +155,7 @@ def _adjusted(objective: cv.Objective, task: Task, *, loaded: bool = False) -> c
     if task.params or task.exclude:
         objective = objective.narrowed(_select(task))
     if task.data is not None and not loaded:
-        objective = objective.on(_data(task), **_cut(task))
+        objective = objective.on(_data(task.data), **_cut(task))
     if task.mode is not None and task.mode != objective.mode:
         objective = objective.in_mode(task.mode)
     if task.l2:
@@ -159,21 +172,21 @@ def _need_loss_and_data(name: str, task: Task) -> None:
         )
 
 
-def _data(task: Task) -> Any:
-    """What --data names: arrays from a file, a demo's batches, or what code returns."""
+def _data(name: str | None) -> Any:
+    """What --data or --held-out name: arrays from a file, a demo's batches, or what code returns."""
     import curvature as cv
     from curvature.io.data import read_data
 
-    if task.data is None:
+    if name is None:
         return None
-    if task.data.startswith("demo:"):
-        return _demo(task.data).batches
-    if is_spec(task.data):
-        made = _called(task.data)
+    if name.startswith("demo:"):
+        return _demo(name).batches
+    if is_spec(name):
+        made = _called(name)
         if made is None:
-            raise cv.BadObjective(f"{task.data} returned nothing.", "Return a DataLoader, batches, or tensors.")
+            raise cv.BadObjective(f"{name} returned nothing.", "Return a DataLoader, batches, or tensors.")
         return made
-    return read_data(task.data)
+    return read_data(name)
 
 
 def _cut(task: Task) -> dict[str, int]:

@@ -19,6 +19,9 @@ Count = Annotated[int, Parameter(name=("--k", "-k"), validator=Number(gte=1), gr
 Seed = Annotated[int, Parameter(validator=Number(gte=0, lt=2**63), group=NUMBERS)]
 Tolerance = Annotated[float, Parameter(validator=Number(gt=0, lt=1), group=NUMBERS)]
 
+Radius = Annotated[float, Parameter(validator=Number(gt=0), group=NUMBERS)]
+Scale = Annotated[Literal["filter", "layer", "weight", "none"], Parameter(group=NUMBERS)]
+Norm = Annotated[Literal["frozen", "recalibrated", "batch"], Parameter(group=NUMBERS)]
 By = Annotated[Literal["layer", "parameter"] | None, Parameter(group=NUMBERS)]
 
 
@@ -57,12 +60,6 @@ class Task:
     "Only trainable parameters whose name, or that of a layer around them, matches this glob; may be repeated."
     exclude: Many = ()
     "Not those that match this glob; may be repeated."
-    operator: Literal[
-        "hessian", "ggn", "fisher", "empirical-fisher", "gradient-covariance", "ggn-diagonal", "kfac", "ekfac"
-    ] = "hessian"
-    "Which matrix."
-    engine: Literal["auto", "retained", "batched", "recomputed", "linearized", "compiled", "forward"] = "auto"
-    "How products are computed: changes time and memory, and no number. recomputed takes least memory. Not for kfac."
     mode: Literal["eval", "train"] | None = None
     "Whether batch normalisation and dropout act as in evaluation (the default) or in training (fixed masks)."
     dtype: Literal["float32", "float64"] | None = None
@@ -75,6 +72,30 @@ class Task:
     "Run code that the model file brings along (pickled modules, TorchScript, .pt2)."
     allow_global: Annotated[tuple[str, ...], Parameter(group=SAFETY, negative=(), show_default=False)] = ()
     "A class that may be unpickled although it is not on torch's safe list; may be repeated."
+
+
+@Parameter(name="*", group=TASK)
+@dataclass(frozen=True)
+class Matrix:
+    """Which matrix of it."""
+
+    operator: Literal[
+        "hessian", "ggn", "fisher", "empirical-fisher", "gradient-covariance", "ggn-diagonal", "kfac", "ekfac"
+    ] = "hessian"
+    "Which matrix."
+    engine: Literal["auto", "retained", "batched", "recomputed", "linearized", "compiled", "forward"] = "auto"
+    "How products are computed: changes time and memory, and no number. recomputed takes least memory. Not for kfac."
+
+
+@Parameter(name="*", group=NUMBERS)
+@dataclass(frozen=True)
+class Look:
+    """What is looked at, at every point of the parameter space."""
+
+    accuracy: Annotated[bool, Parameter(negative=())] = False
+    "The share of right answers, too."
+    held_out: Annotated[str | None, Parameter(group=TASK)] = None
+    "Other data, named as --data is: all that is asked for of them, too."
 
 
 @Parameter(name="*", group=NUMBERS)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .options import Misuse, Output
 
@@ -43,28 +43,29 @@ def _check_folder(out: Path, command: str, overwrite: bool) -> None:
         raise Misuse(f"{out} already holds {', '.join(present)}.", "Pass --overwrite, or another --out.")
 
 
-def deliver(measure: Callable[[cv.Run], R], output: Output, command: str) -> R:
-    """Measure under a progress display and emit the result; after an interrupt what there is, then the interrupt."""
+def deliver(measure: Callable[[cv.Run], R], output: Output, command: str, **style: Any) -> R:
+    """Measure under a progress display and emit the result; after an interrupt what there is, then the interrupt.
+    `style` is how the picture is drawn."""
     from curvature import Interrupted
 
     try:
         with _display(output) as run:
             result = measure(run)
     except Interrupted as stop:
-        emit(stop.result, output, command)
+        emit(stop.result, output, command, **style)
         warn("interrupted: this is what was measured until then.")
         raise
-    emit(result, output, command)
+    emit(result, output, command, **style)
     return result
 
 
-def emit(result: cv.Result, output: Output, command: str) -> None:
+def emit(result: cv.Result, output: Output, command: str, **style: Any) -> None:
     """Write the files, then the table or JSON; these also when writing fails, since the numbers may be dear."""
     note = "Nothing was written; --out DIR keeps the numbers and a picture."
     try:
         if output.out is not None:
             folder = result.save(output.out)
-            picture = _picture(result, folder / f"{command}.png")
+            picture = _picture(result, folder / f"{command}.png", style)
             note = f"Written to {folder}: {', '.join(FILES)}{picture}"
     finally:
         if output.format == "json":
@@ -94,10 +95,10 @@ def _table(result: cv.Result) -> str:
     return "\n".join([*lines, f"{'cost':<{width}}  {result.cost}"])
 
 
-def _picture(result: cv.Result, path: Path) -> str:
+def _picture(result: cv.Result, path: Path, style: dict[str, Any]) -> str:
     """Draw the result to `path`; the words that name it, or none where matplotlib is missing."""
     try:
-        result.save_picture(path)
+        result.save_picture(path, **style)
     except ImportError as error:
         warn(str(error))
         return ""

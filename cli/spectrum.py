@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from .load import load_operator, question_of
-from .options import By, Output, Positive, Seed, Task
+from .options import By, Matrix, Output, Positive, Seed, Task
 from .output import deliver, prepare
 
 
@@ -19,6 +19,7 @@ def spectrum(
     by: By = None,
     seed: Seed = 0,
     task: Task = Task(),
+    matrix: Matrix = Matrix(),
     output: Output = Output(),
 ) -> None:
     """Eigenvalue density of the Hessian or GGN, with error bands and the outliers, by stochastic Lanczos quadrature.
@@ -44,6 +45,6 @@ def spectrum(
     prepare(output, "spectrum")
     import curvature as cv
 
-    A = load_operator(model, task)
+    A = load_operator(model, task, matrix)
     ask = question_of(cv.spectral_density, A, by)
     deliver(lambda run: ask(probes=probes, steps=steps, keep=keep, seed=seed, run=run), output, "spectrum")

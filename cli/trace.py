@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Literal
 
 from .load import load_operator, question_of
-from .options import By, Goal, Output, Seed, Task
+from .options import By, Goal, Matrix, Output, Seed, Task
 from .output import deliver, prepare
 
 
@@ -19,6 +19,7 @@ def trace(
     seed: Seed = 0,
     goal: Goal = Goal(),
     task: Task = Task(),
+    matrix: Matrix = Matrix(),
     output: Output = Output(),
 ) -> None:
     """Trace of the Hessian or GGN with its standard error and confidence interval.
@@ -39,6 +40,6 @@ def trace(
     prepare(output, "trace")
     import curvature as cv
 
-    A = load_operator(model, task)
+    A = load_operator(model, task, matrix)
     ask = question_of(cv.trace, A, by)
     deliver(lambda run: ask(method=method, seed=seed, run=run, **asdict(goal)), output, "trace")

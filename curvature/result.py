@@ -144,11 +144,11 @@ class Result:
 
         return plot(self, ax, **style)
 
-    def save_picture(self, path: str | Path) -> Path:
+    def save_picture(self, path: str | Path, **style: Any) -> Path:
         """Draw the result into a file (.png, .svg, .pdf); needs the extra `plot`. Returns the path."""
         from curvature.plots import save_picture
 
-        save_picture(self.plot, Path(path))
+        save_picture(self, Path(path), **style)
         return Path(path)
 
     def __str__(self) -> str:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import singledispatch
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curvature.linalg.eigenpairs import Eigenpairs
 from curvature.linalg.spectrum import SpectralDensity
 from curvature.operators.by_layer import ByLayer
-from curvature.plots.style import new_axes
-from curvature.plots.style import save_picture as save_picture
+from curvature.plots.style import SIZE, new_axes
 from curvature.probes.landscape import Landscape
 from curvature.probes.trajectory import Trajectory
 from curvature.result import Estimate, Result
@@ -22,6 +22,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from plotly.graph_objects import Figure as PlotlyFigure
+
+
+def save_picture(result: Result, path: Path, *, surface: bool = False, **style: Any) -> None:
+    """Draw `result` into a file, on a figure that no window and no global state knows of."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=SIZE, layout="constrained")
+    plot(result, figure.add_subplot(projection="3d" if surface else None), **style)
+    figure.savefig(path, dpi=150)
 
 
 @singledispatch

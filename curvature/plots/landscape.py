@@ -138,13 +138,13 @@ def _draw_plane(
     *,
     lowest: float | None = None,
     highest: float | None = None,
-    trajectory: Float[Tensor, "k 2"] | None = None,
+    trajectory: Float[Tensor, "k n"] | None = None,
     scale: Scale | None = None,
     bar: bool = True,
     **style: Any,
 ) -> Axes:
-    """`lowest` and `highest` fix the scale, so that planes can be compared; `trajectory` are coordinates in the plane,
-    as `coordinates_of` has them."""
+    """`lowest` and `highest` fix the scale, so that planes can be compared; `trajectory` are the parameters of a run,
+    as `positions` returns them."""
     loss, t = result.loss.numpy(), result.coordinates.numpy()
     scale = scale or Scale.of([loss], lowest, highest)
     levels = np.linspace(-scale.decades, 0, LEVELS)
@@ -153,7 +153,7 @@ def _draw_plane(
     ax.contour(t, t, heights, levels=levels[::3], colors=BLACK, linewidths=0.3)
     ax.set_facecolor(GREY)  # where the loss is not finite
     if trajectory is not None:
-        _draw_run(trajectory, ax, color=ORANGE)
+        _draw_run(result.coordinates_of(trajectory), ax, color=ORANGE)
     ax.plot(0, 0, "o", color=BLACK, mec=WHITE, mew=0.5, ms=5)
     ax.set_aspect("equal")
     ax.set(xlim=(t[0], t[-1]), ylim=(t[0], t[-1]), xlabel=_axis(result, 0), ylabel=_axis(result, 1))

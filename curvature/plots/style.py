@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,12 +24,3 @@ def new_axes(projection: str | None = None) -> Axes:
     from matplotlib import pyplot
 
     return pyplot.subplots(figsize=SIZE, layout="constrained", subplot_kw={"projection": projection})[1]
-
-
-def save_picture(draw: Callable[[Axes], Axes], path: Path) -> None:
-    """Write what `draw` draws to `path`, on a figure that no window and no global state knows of."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=SIZE, layout="constrained")
-    draw(figure.add_subplot())
-    figure.savefig(path, dpi=150)

@@ -69,7 +69,10 @@ class Landscape(Result):
     @property
     def centre(self) -> float:
         """The loss at theta."""
-        return float(self.loss[tuple(length // 2 for length in self.loss.shape)])
+        return self._middle(self.loss)
+
+    def _middle(self, values: Tensor) -> float:
+        return float(values[tuple(length // 2 for length in values.shape)])
 
     def coordinates_of(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k d"]:
         """Where parameters are in these coordinates, such as those of a training run: the place nearest to each."""
@@ -79,11 +82,21 @@ class Landscape(Result):
         return torch.linalg.lstsq(axes.T, away.T).solution.T
 
     def summary(self) -> dict[str, str]:
-        finite = self.loss[self.loss.isfinite()]
-        lost = self.loss.numel() - len(finite)
-        around = f", from {float(finite.min()):.4g} to {float(finite.max()):.4g} around it" if len(finite) else ""
+        lost = int((~self.loss.isfinite()).sum())
+        looked = {
+            "loss": self.loss,
+            "accuracy": self.accuracy,
+            "held-out loss": self.held_out_loss,
+            "held-out accuracy": self.held_out_accuracy,
+        }
+        said = {}
+        for name, values in looked.items():
+            if values is not None:
+                finite = values[values.isfinite()]
+                around = f", from {float(finite.min()):.4g} to {float(finite.max()):.4g}" if len(finite) else ""
+                said[name] = f"{self._middle(values):.4g} at the centre{around}"
         return {
-            "loss": f"{self.centre:.4g} at the centre{around}",
+            **said,
             "points": " x ".join(map(str, self.loss.shape)),
             **({"not finite": f"at {lost:,} points"} if lost else {}),
             "batch normalisation": str(self.origin.options["norm"]),

@@ -61,7 +61,7 @@ def trajectory(
     They are those of the ways from each checkpoint to the last one, or to the mean of all. `steps` are the numbers of
     training steps after which they were taken, even where not given, and `momentum` that of the optimizer: a random
     walk of such steps is what `walk` tells of. In `plane(objective.at(run.centre), run.directions)` the run can be
-    drawn: `.plot(trajectory=...)`. No loss is computed.
+    drawn: `.plot(trajectory=rows)`, with rows as `positions` returns them. No loss is computed.
 
     Li, Xu, Taylor, Studer & Goldstein 2018 (arXiv:1712.09913), section 7; Antognini & Sohl-Dickstein 2018
     (arXiv:1806.08805) for the walk: of one centred at its mean the k-th component explains 6 / (pi k)^2, and relative

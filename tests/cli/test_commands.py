@@ -199,7 +199,7 @@ def test_matrices_that_are_held_whole_have_no_engine_and_an_exact_trace(curv):
 
 
 def test_engines_are_those_of_the_library():
-    assert get_args(get_type_hints(curvature_cli.options.Task)["engine"]) == tuple(ENGINES)
+    assert get_args(get_type_hints(curvature_cli.options.Matrix)["engine"]) == tuple(ENGINES)
 
 
 @pytest.mark.parametrize(
