@@ -38,6 +38,10 @@ class TooLarge(CurvatureError):
     """Memory or disk would not suffice."""
 
 
+class NeedsEvidence(CurvatureError):
+    """A step was asked for without what the optimizer makes it of."""
+
+
 class NotConverged(CurvatureError):
     """A solver stopped before its tolerance was met; `solution` is what it had."""
 

@@ -15,7 +15,7 @@ LAYERS = (
     {"linalg"},
     {"objective"},
     {"operators"},
-    {"uses", "probes"},
+    {"uses", "probes", "optim"},
     {"plots", "assets"},
 )
 PLACE = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -68,7 +68,7 @@ class Space:
 
     def combine(self, coefficients: Float[Tensor, "k l"], rows: Float[Tensor, "l n"]) -> Float[Tensor, "k n"]:
         """The linear combinations sum_j coefficients[i, j] rows[j], in the dtype of the rows."""
-        return coefficients.to(rows.dtype) @ rows
+        return coefficients.to(rows) @ rows
 
     def subtract(self, u: Float[Tensor, "k n"], coefficients: Float[Tensor, "k l"], v: Float[Tensor, "l n"]) -> None:
         """Take `combine(coefficients, v)` from u, in place."""

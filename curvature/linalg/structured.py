@@ -60,18 +60,23 @@ class Dense(LinearOperator):
 
 
 class Diagonal(LinearOperator):
-    """A diagonal matrix, held as the vector of its entries."""
+    """A diagonal matrix, held as the vector of its entries. `psd` is found out by looking unless given."""
 
     symmetric = True
 
     def __init__(
-        self, entries: Float[Tensor, " n"], *, space: Space | None = None, source: Mapping[str, Any] | None = None
+        self,
+        entries: Float[Tensor, " n"],
+        *,
+        space: Space | None = None,
+        psd: bool | None = None,
+        source: Mapping[str, Any] | None = None,
     ) -> None:
         if entries.ndim != 1 or not entries.is_floating_point():
             raise TypeError(f"Diagonal holds a real vector, but got {tuple(entries.shape)} of {entries.dtype}.")
         self.entries = entries
         self.domain = self.codomain = space or Space(len(entries), entries.dtype, entries.device)
-        self.psd = bool((entries >= 0).all())
+        self.psd = bool((entries >= 0).all()) if psd is None else psd
         self.source = source or {"operator": "Diagonal"}
 
     def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
@@ -113,14 +118,14 @@ class Spectral(LinearOperator):
     """(U ⊗ V) diag(values) (U ⊗ V)^T with orthogonal U and V: a symmetric matrix whose eigenvalues are at hand.
 
     `values` (m, n) or a stack (b, m, n), the columns of U (m, m) and V (n, n), or stacks of b, are eigenvectors; None
-    is the identity.
+    is the identity. `psd` is found out by looking unless given.
     """
 
     symmetric = True
 
-    def __init__(self, values: Tensor, U: Tensor | None, V: Tensor | None) -> None:
+    def __init__(self, values: Tensor, U: Tensor | None, V: Tensor | None, *, psd: bool | None = None) -> None:
         self.values, self.U, self.V = values, U, V
-        self.psd = bool((values >= 0).all())
+        self.psd = bool((values >= 0).all()) if psd is None else psd
         self.domain = self.codomain = Space(values.numel(), values.dtype, values.device)
         self.source = {"operator": "Spectral"}
 

@@ -15,6 +15,10 @@ from curvature.linalg.spectrum import SpectralDensity
 from curvature.operators.by_layer import ByLayer
 from curvature.plots.style import SIZE, new_axes
 from curvature.probes.landscape import Landscape
+from curvature.probes.path import Path as PathResult
+from curvature.probes.persistence import Persistence
+from curvature.probes.roughness import Roughness
+from curvature.probes.sharpness import Sharpness
 from curvature.probes.trajectory import Trajectory
 from curvature.result import Estimate, Result
 
@@ -65,6 +69,34 @@ def _(result: Landscape, ax: Axes | None = None, *, surface: bool = False, **sty
     from curvature.plots.landscape import draw_landscape
 
     return draw_landscape(result, new_axes("3d" if surface else None) if ax is None else ax, **style)
+
+
+@plot.register(PathResult)
+def _(result: PathResult, ax: Axes | None = None, **style: Any) -> Axes:
+    from curvature.plots.path import draw_path
+
+    return draw_path(result, new_axes() if ax is None else ax, **style)
+
+
+@plot.register(Roughness)
+def _(result: Roughness, ax: Axes | None = None, **style: Any) -> Axes:
+    from curvature.plots.roughness import draw_roughness
+
+    return draw_roughness(result, new_axes() if ax is None else ax, **style)
+
+
+@plot.register(Sharpness)
+def _(result: Sharpness, ax: Axes | None = None, **style: Any) -> Axes:
+    from curvature.plots.sharpness import draw_sharpness
+
+    return draw_sharpness(result, new_axes() if ax is None else ax, **style)
+
+
+@plot.register(Persistence)
+def _(result: Persistence, ax: Axes | None = None, **style: Any) -> Axes:
+    from curvature.plots.roughness import draw_persistence
+
+    return draw_persistence(result, new_axes() if ax is None else ax, **style)
 
 
 @plot.register(Trajectory)

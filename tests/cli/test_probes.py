@@ -69,6 +69,48 @@ def test_surfaces_and_other_data(curv, folder):
     assert (folder / "out" / "landscape.png").stat().st_size > 1000
 
 
+def test_the_roughness_is_that_of_the_library(curv, task, folder):
+    found = ask(curv, "roughness", "--directions", 5, "--radius", 0.5, "--steps", 4, "--seed", 2, "--out", "out")
+    expected = cv.roughness(task.make(), directions=5, radius=0.5, steps=4, seed=2)
+    assert found["value"] == float(expected.value) and found["profiles"] == expected.profiles.tolist()
+    assert (folder / "out" / "roughness.png").stat().st_size > 1000
+
+
+def test_the_table_of_sharpness_is_that_of_the_library(curv, task, folder):
+    measures = ("lambda_max", "adaptive_sam")
+    found = ask(curv, "sharpness", "--measure", measures[0], "--measure", measures[1], "--rho", 0.1, "--out", "out")
+    expected = cv.sharpness(task.make(), measures=measures, rho=0.1)
+    assert found["names"] == list(measures) and found["values"] == expected.values.tolist()
+    assert (folder / "out" / "sharpness.png").stat().st_size > 1000
+    said = curv("sharpness", *OBJECTIVE, "--measure", "flatness")
+    assert said.code == 2 and "measures are some of lambda_max" in said.err and "but got flatness" in said.err
+
+
+@pytest.mark.parametrize("kind", ["line", "polygon", "bezier"])
+def test_a_path_is_that_of_the_library(curv, task, folder, kind):
+    names, end = checkpoints(task, folder, 2)
+    start = end.with_state(torch.load(folder / names[0]))
+    other = end.with_state(torch.load(folder / names[1]))
+    train = () if kind == "line" else ("--steps", 5, "--bends", 2)
+    found = ask(curv, "path", *names, "--kind", kind, "--points", 5, *train, "--out", "out")
+    if kind == "line":
+        expected = cv.interpolate(start, other, points=5)
+    else:
+        expected = cv.connect(start, other, kind=kind, points=5, steps=5, bends=2)
+    assert found["loss"] == expected.loss.tolist() and found["knots"] == expected.knots.tolist()
+    assert (folder / "out" / "path.png").stat().st_size > 1000
+
+
+def test_hidden_units_are_aligned_before_a_path(curv, task, folder):
+    start = task.make()
+    turned = start.at({n: p.flip(0) if n.startswith("first") else p.flip(1) if n == "last.weight" else p
+                       for n, p in start.params.items()})  # fmt: skip
+    torch.save(dict(start.params), folder / "a.pt")
+    torch.save(dict(turned.params), folder / "b.pt")
+    assert ask(curv, "path", "a.pt", "b.pt", "--points", 5)["arc"][-1] > 0.1
+    assert ask(curv, "path", "a.pt", "b.pt", "--points", 5, "--align")["arc"][-1] == 0
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -1,0 +1,1 @@
+"""Optimizers that multiply gradients by the inverse of a curvature matrix."""

@@ -1,0 +1,406 @@
+"""The one `step` of all optimizers: gradient, momentum, preconditioner, finish, step control."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvature.errors import NeedsEvidence, NonFinite
+from curvature.linalg.deflation import derived
+from curvature.linalg.operator import LinearOperator
+from curvature.linalg.structured import BlockDiagonal
+from curvature.objective.objective import Objective
+from curvature.objective.params import ParamSpace
+from curvature.optim.block import Block, Role, blocks_of, role_of
+from curvature.optim.control import Fixed, StepControl
+from curvature.optim.evidence import Evidence
+from curvature.optim.preconditioner import Preconditioner, State
+from curvature.optim.rules.adam import AdamDiagonal
+from curvature.optim.trial import Move, Trial
+from curvature.optim.update import Finish, Momentum
+
+Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+WHOLE = "block."  # how the names begin of what belongs to a block as a whole
+FAILURES = 3  # steps in a row with a gradient that is not finite, after which training has come to an end
+
+
+@dataclass
+class Slab:
+    """A block with the rule that takes it, its state, and which of its parameters have taken a step before."""
+
+    block: Block
+    group: dict[str, Any]
+    covered: bool  # by the rule of the optimizer, or else by its fallback
+    reason: str
+    state: State = field(default_factory=dict)
+    begun: set[int] = field(default_factory=set)
+    objective: Objective | None = None  # of the last step, for rules that ask for it
+
+
+class PreconditionedOptimizer(torch.optim.Optimizer):
+    """theta <- theta - lr * finish(P m), with decoupled weight decay: m is the momentum of the gradients, and P the
+    matrix that `preconditioner` makes of what it has seen.
+
+    `params` are parameters, (name, parameter) pairs or groups of such; names (as `model.named_parameters()` gives them)
+    tell embeddings and output layers from other matrices, `roles` says so by globs. What the rule refuses is taken by
+    `fallback`; `routing` says which, and why. Every number of the rule is a hyperparameter of each group. `control`
+    decides how far to go, and needs a closure, or `step(objective=...)`, where it is not Fixed.
+
+    A step in which the gradient of a parameter is not finite leaves that parameter alone; three in a row raise
+    NonFinite at the next refresh. The state holds tensors only, in float32 or better whatever the parameters are, and
+    is saved and loaded bit for bit.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor,
+        preconditioner: Preconditioner,
+        *,
+        momentum: Momentum = Momentum(),
+        control: StepControl = Fixed(),
+        finish: Sequence[Finish] = (),
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        fallback: Preconditioner = AdamDiagonal(),
+        roles: Mapping[str, Role] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.preconditioner, self.momentum, self.control = preconditioner, momentum, control
+        self.finish, self.fallback = tuple(finish), fallback
+        self.roles: dict[str, Role] = dict(roles or {})
+        self.seed = seed
+        self._slabs: list[Slab] | None = None
+        self._observed: Objective | None = None
+        self._checked: list[Any] = []  # what the check of the first objective found: the model is the same
+        self._loaded: dict[Tensor, State] = {}
+        defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "momentum": momentum.beta, "steps": 0}
+        defaults |= {"fallback_momentum": 0.9} | {"fallback_" + name: v for name, v in _numbers(fallback).items()}
+        defaults |= _numbers(preconditioner) | control.begin()
+        super().__init__(params, defaults)  # pyright: ignore[reportArgumentType]
+
+    # What torch expects
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        _check_group(self.param_groups[-1])
+        self._slabs = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of every optimizer; tensors keep their own dtype, where torch would give them that of the parameters."""
+        super().load_state_dict(state_dict)
+        params = [p for group in self.param_groups for p in group["params"]]
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for p, index in zip(params, saved, strict=True):
+            if index in state_dict["state"]:
+                tensors = state_dict["state"][index]
+                self.state[p] = {name: t.to(p.device, copy=True) for name, t in tensors.items()}
+        self._slabs = None
+
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, closure: Callable[[], Any] | None = None, *, objective: Objective | None = None
+    ) -> Any:
+        """One step; returns what the closure does, which is called with gradients enabled.
+
+        `objective` is the mini-batch of this step as a function of the parameters, wherever it was made: rules that
+        need more than the gradient ask it. Raises NeedsEvidence where it, or a closure, is needed and missing.
+        """
+        objective = self._observed if objective is None else objective
+        self._observed = None
+        self._need_evidence(closure, objective)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            moves = [m for slab in self.slabs for m in self._moves(slab, objective)]
+            for group in self.param_groups:
+                group["steps"] += 1
+            placed = None if objective is None else lambda: self._placed(objective, None)
+            trial = Trial(moves, loss, closure, placed)
+            self.control.settle(self.param_groups[0], trial)
+        return loss
+
+    def observe(self, objective: Objective) -> None:
+        """The mini-batch of the next step, for loops that call a bare `step()`."""
+        self._observed = objective
+
+    # What it is
+
+    @property
+    def slabs(self) -> list[Slab]:
+        """The blocks of all groups, each with the rule that takes it."""
+        if self._slabs is None:
+            self._slabs = [slab for group in self.param_groups for slab in self._partition(group)]
+        return self._slabs
+
+    @property
+    def routing(self) -> Routing:
+        """Which rule takes each parameter, and why."""
+        rows = []
+        for slab in self.slabs:
+            block, rule = slab.block, type(self._rule(slab)).__name__
+            rows += [(n, tuple(p.shape), rule, slab.reason) for n, p in zip(block.names, block.params, strict=True)]
+        return Routing(tuple(rows))
+
+    def operator(self, *, copy: bool = False) -> LinearOperator:
+        """The matrix that momentum is multiplied by, over all parameters in order: block-diagonal, positive definite.
+
+        It shares memory with the state, and changes with the next step, unless `copy`. Raises ValueError before the
+        first step.
+        """
+        params = {n: p for slab in self.slabs for n, p in zip(slab.block.names, slab.block.params, strict=True)}
+        ordered = {n: params[n] for group in self.param_groups for n in self._names(group)}
+        widest = torch.promote_types(next(iter(ordered.values())).dtype, torch.float32)
+        space = ParamSpace.of({n: p.detach().to(widest) for n, p in ordered.items()})
+        places = space.places("parameter")
+        blocks = {}
+        where = {}
+        for i, slab in enumerate(self.slabs):
+            if not slab.begun:
+                raise ValueError(f"{', '.join(slab.block.names[:3])} took no step yet. Take one first.")
+            state = {name: t.clone() for name, t in slab.state.items()} if copy else slab.state
+            blocks[str(i)] = self._operator(slab, state, slab.block, self._last(slab, state))
+            where[str(i)] = torch.cat([places[name] for name in slab.block.names])
+        return BlockDiagonal(blocks, where, space, source={"operator": f"preconditioner of {type(self).__name__}"})
+
+    # How a step is made
+
+    def _moves(self, slab: Slab, objective: Objective | None) -> list[Move]:
+        """What the step does to the parameters of a block; nothing where none has a gradient."""
+        block, rule, group = slab.block, self._rule(slab), slab.group
+        evidence_of = None
+        if objective is not None and "objective" in rule.needs:
+            evidence_of = slab.objective = self._placed(objective, block)
+        rows = [i for i, p in enumerate(block.params) if p.grad is not None]
+        if not rows and evidence_of is None:
+            return []
+        if not rows:
+            assert evidence_of is not None
+            grad = evidence_of.gradient().to(block.dtype)
+            rows = list(range(block.stack))
+        elif block.grain == "model":
+            grad = block.gathered([torch.zeros_like(p) if p.grad is None else _dense(p.grad) for p in block.params])
+        else:
+            block = block if len(rows) == block.stack else block.some(rows)
+            grad = block.gathered([_dense(p.grad) for p in block.params if p.grad is not None])
+        grad = -grad if group["maximize"] else grad
+        state = slab.state
+        if block.stack < slab.block.stack:
+            state = {name: t if name.startswith(WHOLE) else t[rows] for name, t in slab.state.items()}
+        direction = self._direction(slab, rule, state, block, rows, grad, evidence_of)
+        if state is not slab.state:
+            for name, tensor in state.items():
+                if not name.startswith(WHOLE):
+                    slab.state[name][rows] = tensor
+        slab.begun.update(rows)
+        moved = [p.grad is not None or evidence_of is not None for p in block.params]
+        return [Move(block, direction, grad, moved, group, [self.state[p] for p in block.params])]
+
+    def _direction(
+        self,
+        slab: Slab,
+        rule: Preconditioner,
+        state: State,
+        block: Block,
+        rows: list[int],
+        grad: Float[Tensor, " n"],
+        objective: Objective | None,
+    ) -> Float[Tensor, " n"]:
+        """The finished direction of a block; updates the state."""
+        group = slab.group
+        steps = state["block.step" if block.grain == "model" else "step"].view(-1, 1)
+        grad, fine = _guarded(grad, state, len(steps))
+        steps += fine
+        momentum = self._momentum(slab)
+        averaged = grad if momentum.after else momentum(state, grad, steps)
+        evidence = Evidence(grad, averaged, steps, derived(self.seed + group["steps"]), objective)
+        due = group["steps"] % rule.every == 0 or not slab.begun.issuperset(rows)
+        if due:
+            _check_failures(state, block)
+        rule.update(state, block, evidence, due)
+        operator = self._operator(slab, state, block, evidence)
+        direction = operator.apply(averaged[None])[0]
+        if momentum.after:
+            direction = momentum(state, direction, steps)
+        for finish in self.finish if slab.covered else ():
+            direction = finish(state, block, direction, evidence)
+        if grad.is_cuda or not bool(fine.all()):
+            direction = torch.where(fine, direction.view(len(steps), -1), 0).view(-1)
+        return direction
+
+    def _operator(self, slab: Slab, state: State, block: Block, evidence: Evidence) -> LinearOperator:
+        damping = self.control.damping(self.param_groups[0]) if slab.covered else None
+        return self._rule(slab).operator(state, block, evidence, damping)
+
+    def _last(self, slab: Slab, state: State) -> Evidence:
+        """What is left of the evidence of the last step."""
+        block = slab.block
+        steps = state["block.step" if block.grain == "model" else "step"].view(-1, 1)
+        momentum = state["momentum"].view(-1) if "momentum" in state else block.zeros().view(-1)
+        return Evidence(momentum, momentum, steps, objective=slab.objective)
+
+    def _rule(self, slab: Slab) -> Preconditioner:
+        """The rule of a slab with the hyperparameters that its group has now."""
+        rule, prefix = (self.preconditioner, "") if slab.covered else (self.fallback, "fallback_")
+        values = {name: slab.group[prefix + name] for name in _numbers(rule)}
+        return replace(rule, **values)  # pyright: ignore[reportArgumentType]
+
+    def _momentum(self, slab: Slab) -> Momentum:
+        if not slab.covered:
+            return Momentum(slab.group["fallback_momentum"], corrected=True)
+        return replace(self.momentum, beta=slab.group["momentum"])
+
+    def _partition(self, group: dict[str, Any]) -> list[Slab]:
+        """The blocks of a group: of the rule, and of the fallback for what it refuses."""
+        taken: list[tuple[str, Tensor, Role]] = []
+        refused: dict[str, list[tuple[str, Tensor, Role]]] = {}
+        for name, p in zip(self._names(group), group["params"], strict=True):
+            role = role_of(name, p, self.roles)
+            reason = self.preconditioner.refuses(Block((name,), (p,), self.preconditioner.grain, role))
+            (taken if reason is None else refused.setdefault(reason, [])).append((name, p, role))
+        slabs = [Slab(b, group, True, b.role) for b in blocks_of(taken, self.preconditioner.grain)]
+        for reason, some in refused.items():
+            slabs += [Slab(b, group, False, reason) for b in blocks_of(some, self.fallback.grain)]
+        for slab in slabs:
+            self._fill(slab)
+        return slabs
+
+    def _fill(self, slab: Slab) -> None:
+        """The state of a slab: new, but for parameters that have one, which it takes; theirs are views of it then."""
+        block, rule = slab.block, self._rule(slab)
+        whole = block.grain == "model"
+        state = {**self._momentum(slab).init(block), **rule.init(block)}
+        for finish in self.finish if slab.covered else ():
+            state |= finish.init(block)
+        state |= self.control.init(block)
+        steps = 1 if whole else block.stack
+        for name in ("step", "failures"):
+            state[WHOLE + name if whole else name] = torch.zeros(steps, dtype=torch.float64, device=block.space.device)
+        for i, p in enumerate(block.params):
+            for name, tensor in self.state[p].items() if p in self.state else ():
+                if name in state:
+                    _part(state, name, block, i).copy_(tensor)
+        slab.state = state
+        counts = state[WHOLE + "step" if whole else "step"]
+        slab.begun = {i for i in range(block.stack) if counts[0 if whole else i] > 0}
+        for i, p in enumerate(block.params):
+            self.state[p] = {n: _part(state, n, block, i) for n in state if i == 0 or not n.startswith(WHOLE)}
+
+    def _names(self, group: dict[str, Any]) -> list[str]:
+        if "param_names" in group:
+            return list(group["param_names"])
+        place = next(i for i, other in enumerate(self.param_groups) if other is group)
+        first = sum(len(other["params"]) for other in self.param_groups[:place])
+        return [str(first + i) for i in range(len(group["params"]))]
+
+    def _placed(self, objective: Objective, block: Block | None) -> Objective:
+        """The objective where the parameters are now, as a function of those of a block, in its order."""
+        module = objective.function.module
+        names = {id(p): name for name, p in module.named_parameters()}
+        params = block.params if block else [p for group in self.param_groups for p in group["params"]]
+        unknown = [name for name, p in zip(block.names if block else (), params, strict=False) if id(p) not in names]
+        if unknown:
+            raise NeedsEvidence(
+                f"The objective is of a {type(module).__name__} that has no parameter {unknown[0]}.",
+                "Make it of the model that is trained: Objective.of(model, loss, [batch]).",
+            )
+        live = {name: p.detach().to(objective.space.dtype) for name, p in module.named_parameters()}
+        own = {names[id(p)]: live[names[id(p)]] for p in params if id(p) in names}
+        return replace(
+            objective,
+            params=own,
+            frozen={name: p for name, p in live.items() if name not in own},
+            buffers={name: b.detach().clone() for name, b in module.named_buffers()},
+            _health=self._checked,
+        )
+
+    def _need_evidence(self, closure: Callable[[], Any] | None, objective: Objective | None) -> None:
+        name = type(self).__name__
+        if objective is None and "objective" in self.preconditioner.needs | self.control.needs:
+            raise NeedsEvidence(
+                f"{name} needs the mini-batch as a function of the parameters, and not only its gradient.",
+                "Call step(objective=curvature.Objective.of(model, loss, [batch])), or observe(...) before step().",
+            )
+        if closure is None and objective is None and "loss" in self.control.needs:
+            raise NeedsEvidence(
+                f"{type(self.control).__name__} compares the loss before and after a step.",
+                "Call step(closure), or step(objective=curvature.Objective.of(model, loss, [batch])).",
+            )
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Rows of (name, shape, rule, why), one for each parameter; prints as a table."""
+
+    rows: tuple[tuple[str, tuple[int, ...], str, str], ...]
+
+    def __str__(self) -> str:
+        table = [("parameter", "shape", "rule", "because"), *((n, str(s), r, why) for n, s, r, why in self.rows)]
+        widths = [max(len(row[i]) for row in table) for i in range(4)]
+        return "\n".join(
+            "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in table
+        )
+
+    __repr__ = __str__
+
+
+def _numbers(rule: Any) -> dict[str, float]:
+    """The fields of a rule that are numbers."""
+    return {f.name: v for f in fields(rule) if isinstance(v := getattr(rule, f.name), int | float)}
+
+
+def _part(state: State, name: str, block: Block, i: int) -> Tensor:
+    """What of a tensor of the state belongs to parameter i: a view."""
+    tensor = state[name]
+    if name.startswith(WHOLE):
+        return tensor
+    if block.grain == "shape":
+        return tensor[i]
+    first = sum(p.numel() for p in block.params[:i])
+    return tensor[..., first : first + block.params[i].numel()]
+
+
+def _guarded(grad: Float[Tensor, " n"], state: State, rows: int) -> tuple[Tensor, Tensor]:
+    """The gradient, zero for each parameter where it is not finite, and which are finite (b, 1); counts failures."""
+    fine = torch.isfinite(grad.view(rows, -1).sum(1, keepdim=True))
+    failures = state["block.failures"] if "block.failures" in state else state["failures"]
+    failures += 1
+    failures *= ~fine.view_as(failures)
+    if grad.is_cuda or not bool(fine.all()):
+        grad = torch.where(fine, grad.view(rows, -1), 0).view(-1)
+    return grad, fine
+
+
+def _dense(grad: Tensor) -> Tensor:
+    if grad.is_sparse:
+        raise ValueError("A gradient is sparse, but expected a dense one. Use Embedding(..., sparse=False).")
+    return grad
+
+
+def _check_failures(state: State, block: Block) -> None:
+    failures = state["block.failures"] if "block.failures" in state else state["failures"]
+    worst = int(failures.argmax())
+    if float(failures[worst]) >= FAILURES:
+        name = block.names[worst if block.grain == "shape" else 0]
+        raise NonFinite(
+            f"The gradients of {name} were not finite in {int(failures[worst])} steps in a row.",
+            "Lower the learning rate, or clip gradients; the parameters are those before these steps.",
+        )
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    """ValueError for what no step could be made with."""
+    if not float(group["lr"]) >= 0:
+        raise ValueError(f"lr is 0 or more, but got {group['lr']}.")
+    if not group["weight_decay"] >= 0:
+        raise ValueError(f"weight_decay is 0 or more, but got {group['weight_decay']}.")
+    wrong = [p for p in group["params"] if not p.is_floating_point()]
+    if wrong:
+        raise ValueError(f"Expected real parameters, but got one of {wrong[0].dtype}.")

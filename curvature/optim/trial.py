@@ -1,0 +1,146 @@
+"""A step that has been computed and not yet taken: where it leads, and what the loss is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvature.objective.objective import Objective
+from curvature.operators.gauss_newton import ggn
+from curvature.optim.block import Block
+
+
+@dataclass(frozen=True)
+class Move:
+    """What a step does to the parameters of a block: those that are `moved` go along -lr `direction` (n,).
+
+    `views` are the states of the parameters, as the optimizer has them.
+    """
+
+    block: Block
+    direction: Float[Tensor, " n"]
+    grad: Float[Tensor, " n"]
+    moved: list[bool]
+    group: dict[str, Any]
+    views: list[dict[str, Tensor]]
+
+    def chosen(self, vector: Float[Tensor, " n"]) -> list[Tensor]:
+        """The tensors of a vector, of parameters that move."""
+        return [t for t, moves in zip(self.block.scattered(vector), self.moved, strict=True) if moves]
+
+    @property
+    def params(self) -> list[Tensor]:
+        return [p for p, moves in zip(self.block.params, self.moved, strict=True) if moves]
+
+    @property
+    def lr(self) -> float:
+        return float(self.group["lr"])
+
+
+class Model(NamedTuple):
+    """What a quadratic model knows of steps s_i: the slopes g.s_i, the bend s_i.C s_j by the Gauss-Newton matrix C, and
+    s_i.s_j."""
+
+    slopes: Float[Tensor, " k"]
+    bend: Float[Tensor, "k k"]
+    gram: Float[Tensor, "k k"]
+
+
+class Trial:
+    """A step not yet taken. `loss` is that before it; `take` goes there, as often as is asked, from where it began."""
+
+    def __init__(
+        self,
+        moves: list[Move],
+        loss: Any,
+        closure: Callable[[], Any] | None,
+        placed: Callable[[], Objective] | None,
+    ) -> None:
+        self.moves, self._closure, self._placed = moves, closure, placed
+        self._loss, self._start = loss, None
+
+    @property
+    def loss(self) -> float:
+        """The loss before the step."""
+        if self._loss is None:
+            self._loss = self.here()
+        return float(self._loss)
+
+    @property
+    def slope(self) -> float:
+        """The derivative of the loss along the step, which is negative where it descends."""
+        return -sum(m.lr * float(m.grad.double() @ m.direction.double()) for m in self.moves)
+
+    def model(
+        self, *others: Sequence[Tensor]
+    ) -> tuple[Float[Tensor, " k"], Float[Tensor, "k k"], Float[Tensor, "k k"]]:
+        """The slopes g.s, s.C s and s.s for the step and `others`, a vector for each move; C is the Gauss-Newton matrix
+        of the mini-batch."""
+        assert self._placed is not None
+        objective = self._placed()
+        names = {id(p): name for name, p in objective.function.module.named_parameters()}
+
+        def row(vectors: Sequence[Tensor]) -> Tensor:
+            pieces = {name: torch.zeros_like(p) for name, p in objective.params.items()}
+            for move, vector in zip(self.moves, vectors, strict=True):
+                for p, piece in zip(move.params, move.chosen(vector), strict=True):
+                    pieces[names[id(p)]] = piece.to(objective.space.dtype)
+            return objective.space.flatten(pieces.values())
+
+        rows = torch.stack([row(vectors) for vectors in (self.steps, *others)])
+        space = objective.space
+        slopes = space.inner(row([m.grad for m in self.moves])[None], rows)[0]
+        return Model(slopes, space.inner(rows, ggn(objective).apply(rows)), space.inner(rows, rows))
+
+    @property
+    def steps(self) -> list[Tensor]:
+        """The step, -lr times the direction of each move."""
+        return [m.direction * -m.lr for m in self.moves]
+
+    def turned(self, steps: Sequence[Tensor]) -> None:
+        """Make it another step."""
+        self.moves = [replace(m, direction=s / -m.lr) for m, s in zip(self.moves, steps, strict=True)]
+
+    def take(self, scale: float = 1.0) -> None:
+        """Decay the weights, and go `scale` times along the step."""
+        if self._start is not None:
+            self.undo()
+        for move in self.moves:
+            params = move.params
+            if move.group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - move.lr * move.group["weight_decay"])
+            steps = [t.to(p.dtype) for t, p in zip(move.chosen(move.direction), params, strict=True)]
+            torch._foreach_add_(params, steps, alpha=-move.lr * scale)
+
+    def tried(self, scale: float = 1.0) -> float:
+        """Take the step, and return the loss there; `undo` goes back to the last bit."""
+        if self._start is None:
+            self._start = [[p.clone() for p in move.params] for move in self.moves]
+        self.take(scale)
+        return self.here()
+
+    def undo(self) -> None:
+        """Back to where the step began."""
+        assert self._start is not None
+        for move, start in zip(self.moves, self._start, strict=True):
+            torch._foreach_copy_(move.params, start)
+
+    def here(self) -> float:
+        """The loss where the parameters are now; their gradients stay as they are."""
+        if self._placed is not None:
+            return self._placed().value()
+        assert self._closure is not None
+        params = [p for move in self.moves for p in move.params]
+        grads = [p.grad for p in params]
+        for p in params:
+            p.grad = None  # so that the closure writes into others
+        with torch.enable_grad():
+            loss = float(self._closure())
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+        return loss
