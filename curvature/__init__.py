@@ -5,6 +5,7 @@ from curvature.errors import BadFile as BadFile
 from curvature.errors import BadObjective as BadObjective
 from curvature.errors import CurvatureError as CurvatureError
 from curvature.errors import Interrupted as Interrupted
+from curvature.errors import NeedsEvidence as NeedsEvidence
 from curvature.errors import NonFinite as NonFinite
 from curvature.errors import NotConverged as NotConverged
 from curvature.errors import TooLarge as TooLarge

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from jaxtyping import Float
@@ -27,7 +27,18 @@ from curvature.optim.update import Finish, Momentum
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 WHOLE = "block."  # how the names begin of what belongs to a block as a whole
+OWN = ("preconditioner", "momentum", "control", "finish", "fallback", "roles", "seed")
 FAILURES = 3  # steps in a row with a gradient that is not finite, after which training has come to an end
+
+
+class Options(TypedDict, total=False):
+    """What every optimizer takes besides its own arguments: see PreconditionedOptimizer."""
+
+    control: StepControl
+    maximize: bool
+    fallback: Preconditioner
+    roles: Mapping[str, Role] | None
+    seed: int
 
 
 @dataclass
@@ -79,8 +90,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         self._slabs: list[Slab] | None = None
         self._observed: Objective | None = None
         self._checked: list[Any] = []  # what the check of the first objective found: the model is the same
-        self._loaded: dict[Tensor, State] = {}
-        defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "momentum": momentum.beta, "steps": 0}
+        defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "momentum": momentum.beta, "taken": 0}
         defaults |= {"fallback_momentum": 0.9} | {"fallback_" + name: v for name, v in _numbers(fallback).items()}
         defaults |= _numbers(preconditioner) | control.begin()
         super().__init__(params, defaults)  # pyright: ignore[reportArgumentType]
@@ -91,6 +101,11 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         _check_group(self.param_groups[-1])
         self._slabs = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes along: torch alone would leave out what is not in the state."""
+        kept = {name: value for name, value in self.__dict__.items() if name in OWN}
+        return {**super().__getstate__(), **kept, "_slabs": None, "_observed": None, "_checked": []}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of every optimizer; tensors keep their own dtype, where torch would give them that of the parameters."""
@@ -121,7 +136,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             moves = [m for slab in self.slabs for m in self._moves(slab, objective)]
             for group in self.param_groups:
-                group["steps"] += 1
+                group["taken"] += 1
             placed = None if objective is None else lambda: self._placed(objective, None)
             trial = Trial(moves, loss, closure, placed)
             self.control.settle(self.param_groups[0], trial)
@@ -220,8 +235,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         steps += fine
         momentum = self._momentum(slab)
         averaged = grad if momentum.after else momentum(state, grad, steps)
-        evidence = Evidence(grad, averaged, steps, derived(self.seed + group["steps"]), objective)
-        due = group["steps"] % rule.every == 0 or not slab.begun.issuperset(rows)
+        evidence = Evidence(grad, averaged, steps, derived(self.seed + group["taken"]), objective)
+        due = group["taken"] % rule.every == 0 or not slab.begun.issuperset(rows)
         if due:
             _check_failures(state, block)
         rule.update(state, block, evidence, due)

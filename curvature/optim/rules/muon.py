@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, Unpack
 
 import torch
 from jaxtyping import Float
@@ -12,7 +12,7 @@ from torch import Tensor
 from curvature.linalg.structured import Kronecker
 from curvature.optim.block import Block, Grain
 from curvature.optim.evidence import Evidence
-from curvature.optim.optimizer import Params, PreconditionedOptimizer
+from curvature.optim.optimizer import Options, Params, PreconditionedOptimizer
 from curvature.optim.preconditioner import Need, State
 from curvature.optim.update import MatchRMS, MatchSpectral, Momentum
 
@@ -92,7 +92,7 @@ class Muon(PreconditionedOptimizer):
         steps: int = 5,
         convergent: bool = False,
         match: Literal["rms", "spectral", "none"] = "rms",
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         finish = {"rms": (MatchRMS(),), "spectral": (MatchSpectral(),), "none": ()}[match]
         super().__init__(

@@ -1,0 +1,333 @@
+"""What users of torch expect of an optimizer, of every one in the table."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from optimizers import CASES, OptimizerCase, awkward, batches
+from torch import Tensor, nn
+
+import curvature as cv
+from curvature.errors import NonFinite
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request) -> OptimizerCase:
+    found: OptimizerCase = request.param
+    for name, reason in found.skips.items():
+        if request.node.originalname == name:
+            pytest.skip(reason)
+    return found
+
+
+def bits(net: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def through_a_file(state):
+    """What comes back from a file that is read without running code."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_it_learns(case):
+    net = awkward()
+    losses = case.train(net, case.make(net.named_parameters()), batches(150))
+    assert sum(losses[-10:]) / 10 < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_saved_goes_on_bit_for_bit(case, dtype):
+    net = awkward(dtype)
+    optimizer = case.make(net.named_parameters())
+    case.train(net, optimizer, batches(12))
+    other = copy.deepcopy(net)
+    resumed = case.make(other.named_parameters())
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    for batch in batches(12, seed=1):
+        case.step(net, optimizer, batch)
+        case.step(other, resumed, batch)
+        assert same(bits(net), bits(other))
+
+
+def test_the_state_is_tensors_of_single_precision_at_least(case):
+    net = awkward(torch.bfloat16)
+    optimizer = case.make(net.named_parameters())
+    case.train(net, optimizer, batches(3))
+    saved = optimizer.state_dict()
+    assert saved["state"]
+    for state in saved["state"].values():
+        for name, tensor in state.items():
+            assert type(name) is str and isinstance(tensor, Tensor)
+            assert tensor.dtype not in (torch.bfloat16, torch.float16), name
+    other = case.make(awkward(torch.bfloat16).named_parameters())
+    other.load_state_dict(saved)
+    for state, loaded in zip(saved["state"].values(), other.state_dict()["state"].values(), strict=True):
+        assert all(torch.equal(loaded[name], t) and loaded[name].dtype == t.dtype for name, t in state.items())
+
+
+def test_runs_are_repeated_bit_for_bit_and_leave_random_generators_alone(case):
+    ends = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        net = awkward()
+        case.train(net, case.make(net.named_parameters()), batches(10))
+        assert torch.equal(torch.get_rng_state(), before)
+        ends.append(bits(net))
+    assert same(*ends)
+
+
+def test_parameters_without_names_are_taken_and_gradients_are_left_as_they_are(case):
+    net = awkward()
+    optimizer = case.make(net.parameters())
+    batch = batches(1)[0]
+    case.step(net, optimizer, batch)
+    fresh = awkward()
+    nn.functional.cross_entropy(fresh(batch[0]), batch[1]).backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(net.parameters(), fresh.parameters(), strict=True))
+
+
+def test_a_closure_is_called_with_gradients_and_its_loss_returned(case):
+    net, twin = awkward(), awkward()
+    optimizer, other = case.make(net.named_parameters()), case.make(twin.named_parameters())
+    for batch in batches(4):
+
+        def closure(batch=batch):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(net(batch[0]), batch[1])
+            loss.backward()
+            return loss
+
+        if case.objective:
+            optimizer.observe(cv.Objective.of(net, "cross-entropy", [batch]))
+        with torch.no_grad():
+            loss = optimizer.step(closure)
+        assert loss.item() == case.step(twin, other, batch)
+    assert same(bits(net), bits(twin))
+
+
+def test_what_has_no_gradient_stays_and_keeps_its_state(case):
+    net = awkward()
+    optimizer = case.make(net.named_parameters())
+    case.train(net, optimizer, batches(3))
+    frozen = (net.second.weight, net.norm.bias)
+    kept = [p.detach().clone() for p in frozen]
+    states = [{n: t.clone() for n, t in optimizer.state[p].items() if not n.startswith("block.")} for p in frozen]
+    for p in frozen:
+        p.requires_grad_(False)
+    moved = net.first.weight.detach().clone()
+    case.train(net, optimizer, batches(3, seed=1))
+    assert same(kept, [p.detach() for p in frozen]) and not torch.equal(moved, net.first.weight)
+    if not case.objective and optimizer.preconditioner.grain == "shape":
+        for p, state in zip(frozen, states, strict=True):
+            assert all(torch.equal(optimizer.state[p][name], t) for name, t in state.items())
+    for p in frozen:
+        p.requires_grad_(True)
+    case.train(net, optimizer, batches(3, seed=2))
+    assert not torch.equal(kept[0], net.second.weight)
+
+
+def test_groups_have_hyperparameters_of_their_own(case):
+    net = awkward()
+    named = dict(net.named_parameters())
+    still = ("first.weight", "shift")
+    groups = [
+        {"params": [(n, p) for n, p in named.items() if n not in still]},
+        {"params": [(n, named[n]) for n in still], "lr": 0.0},
+    ]
+    optimizer = case.make(groups)
+    before = {n: p.detach().clone() for n, p in named.items()}
+    case.train(net, optimizer, batches(3))
+    for n, p in named.items():
+        assert torch.equal(p, before[n]) == (n in still), n
+
+
+def test_groups_can_be_added(case):
+    net = awkward()
+    named = list(net.named_parameters())
+    optimizer = case.make(named[:4])
+    case.train(net, optimizer, batches(2))
+    before = [p.detach().clone() for _, p in named[4:]]
+    optimizer.add_param_group({"params": named[4:]})
+    case.train(net, optimizer, batches(3))
+    assert not any(torch.equal(p, q) for p, (_, q) in zip(before, named[4:], strict=True))
+
+
+def test_schedulers_set_the_learning_rate(case):
+    net = awkward()
+    optimizer = case.make(net.named_parameters())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0 if epoch < 2 else 0.0)
+    for batch in batches(2):
+        case.step(net, optimizer, batch)
+        scheduler.step()
+    before = bits(net)
+    case.train(net, optimizer, batches(2, seed=1))
+    assert same(before, bits(net))
+
+
+def test_weights_decay_apart_from_the_gradient(case):
+    net, twin = awkward(), awkward()
+    optimizer, other = (
+        case.make(net.named_parameters(), weight_decay=0.0),
+        case.make(twin.named_parameters(), weight_decay=0.1),
+    )
+    batch = batches(1)[0]
+    case.step(net, optimizer, batch)
+    case.step(twin, other, batch)
+    for start, p, q in zip(awkward().parameters(), net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(q, p - case.lr * 0.1 * start, rtol=1e-9, atol=1e-11)
+
+
+def test_gradients_can_be_accumulated(case):
+    net, twin = awkward(), awkward()
+    optimizer, other = case.make(net.named_parameters()), case.make(twin.named_parameters())
+    for x, y in batches(3):
+        case.step(net, optimizer, (x, y))
+        other.zero_grad()
+        for part in range(2):
+            half = slice(part * 8, part * 8 + 8)
+            (nn.functional.cross_entropy(twin(x[half]), y[half]) / 2).backward()
+        if case.objective:
+            other.observe(cv.Objective.of(twin, "cross-entropy", [(x, y)]))
+        other.step()
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+
+
+def test_ascent_is_descent_of_the_negative(case):
+    net, twin = awkward(), awkward()
+    optimizer, other = case.make(net.named_parameters(), maximize=True), case.make(twin.named_parameters())
+    for batch in batches(3):
+        for model, opt, sign in ((net, optimizer, -1), (twin, other, 1)):
+            opt.zero_grad()
+            (sign * nn.functional.cross_entropy(model(batch[0]), batch[1])).backward()
+            if case.objective:
+                opt.observe(cv.Objective.of(model, "cross-entropy", [batch]))
+            opt.step()
+    assert same(bits(net), bits(twin))
+
+
+def test_a_gradient_scaler_works_with_it(case):
+    net, twin = awkward(torch.float32), awkward(torch.float32)
+    optimizer, other = case.make(net.named_parameters()), case.make(twin.named_parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    for batch in batches(3):
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.cross_entropy(net(batch[0]), batch[1])).backward()
+        if case.objective:
+            optimizer.observe(cv.Objective.of(net, "cross-entropy", [batch]))
+        scaler.step(optimizer)
+        scaler.update()
+        case.step(twin, other, batch)
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_moves_nothing_of_its_parameter(case, bad):
+    net = awkward()
+    optimizer = case.make(net.named_parameters())
+    case.train(net, optimizer, batches(3))
+    whole = optimizer.preconditioner.grain == "model" and optimizer.routing.rows[1][2] != "AdamDiagonal"
+    for count in range(2):
+        batch = batches(1, seed=count)[0]
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(batch[0]), batch[1]).backward()
+        net.first.weight.grad[0, 0] = bad
+        before = bits(net)
+        if case.objective:
+            optimizer.observe(cv.Objective.of(net, "cross-entropy", [batch]))
+        optimizer.step()
+        assert all(p.isfinite().all() for p in net.parameters())
+        decay = 1 - optimizer.param_groups[0]["weight_decay"] * case.lr
+        place = [n for n, _ in net.named_parameters()].index("first.weight")
+        torch.testing.assert_close(net.first.weight.detach(), before[place] * decay, rtol=1e-12, atol=0)
+        assert whole or not torch.equal(net.head.weight, before[-1])
+    losses = case.train(net, optimizer, batches(40, seed=5))
+    assert losses[-1] == losses[-1] and all(p.isfinite().all() for p in net.parameters())
+
+
+def test_a_gradient_that_stays_infinite_ends_the_run(case):
+    net = awkward()
+    optimizer = case.make(net.named_parameters())
+    case.train(net, optimizer, batches(3))
+    with pytest.raises(NonFinite, match=r"The gradients of .* were not finite in \d+ steps in a row"):
+        for batch in batches(200):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(batch[0]), batch[1]).backward()
+            net.first.weight.grad[0, 0] = float("inf")
+            if case.objective:
+                optimizer.observe(cv.Objective.of(net, "cross-entropy", [batch]))
+            optimizer.step()
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+def test_its_matrix_is_symmetric_positive_definite_and_what_momentum_is_multiplied_by(case):
+    net = awkward()
+    optimizer = case.make(net.named_parameters(), weight_decay=0.0)
+    case.train(net, optimizer, batches(8))
+    P = optimizer.operator(copy=True)
+    dense = P.dense()
+    assert P.psd and P.symmetric and P.shape[0] == sum(p.numel() for p in net.parameters())
+    torch.testing.assert_close(dense, dense.T, rtol=1e-9, atol=1e-12)
+    assert float(torch.linalg.eigvalsh((dense + dense.T) / 2)[0]) > 0
+    torch.testing.assert_close(float(cv.trace(P, products=P.shape[0]).value), float(dense.trace()), rtol=1e-8, atol=0)
+    case.train(net, optimizer, batches(1, seed=9))
+    torch.testing.assert_close(P.dense(), dense, rtol=0, atol=0)  # a copy does not change
+    assert not torch.equal(optimizer.operator().dense(), dense)
+
+
+def test_it_says_which_rule_takes_what(case):
+    net = awkward()
+    optimizer = case.make(net.named_parameters())
+    rows = optimizer.routing.rows
+    assert {name for name, *_ in rows} == {name for name, _ in net.named_parameters()}
+    assert all(reason for *_, reason in rows) and "parameter" in str(optimizer.routing)
+
+
+def test_before_a_step_there_is_no_matrix(case):
+    with pytest.raises(ValueError, match="took no step yet"):
+        case.make(awkward().named_parameters()).operator()
+
+
+def test_it_survives_a_copy(case):
+    net = awkward()
+    optimizer = case.make(net.named_parameters())
+    case.train(net, optimizer, batches(3))
+    other, copied = copy.deepcopy((net, optimizer))
+    batch = batches(1, seed=1)[0]
+    case.step(net, optimizer, batch)
+    case.step(other, copied, batch)
+    assert same(bits(net), bits(other))
+
+
+@pytest.mark.parametrize(
+    ("case", "kwargs", "message"),
+    [(case, kwargs, message) for case in CASES for kwargs, message in case.invalid],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_it_cannot_do_it_refuses(case, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        case.make(awkward().named_parameters(), **kwargs)
+
+
+def test_without_the_objective_it_says_what_to_pass(case):
+    if not case.objective:
+        pytest.skip("takes gradients alone")
+    net = awkward()
+    optimizer = case.make(net.named_parameters())
+    nn.functional.cross_entropy(net(batches(1)[0][0]), batches(1)[0][1]).backward()
+    with pytest.raises(cv.NeedsEvidence, match="needs the mini-batch as a function of the parameters"):
+        optimizer.step()
