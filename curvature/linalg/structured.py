@@ -87,19 +87,21 @@ class Kronecker(LinearOperator):
     """left ⊗ right for symmetric factors: a vector, read row-major as a matrix X, becomes left X right.
 
     A factor is a matrix (m, m), or the vector (m,) of the entries of a diagonal one. Factors (b, m, m) and (b, n, n)
-    are b products at once, for b matrices X one after another: a block-diagonal matrix. `psd` is taken on trust.
+    are b products at once, for b matrices X one after another: a block-diagonal matrix; a factor without a stack is
+    that of all. `psd` is taken on trust.
     """
 
     symmetric = True
 
     def __init__(self, left: Tensor, right: Tensor, *, psd: bool = False) -> None:
-        if not _is_factor(left) or not _is_factor(right) or _stacked(left) != _stacked(right):
+        stacks = {_stacked(factor) for factor in (left, right)} - {1}
+        if not _is_factor(left) or not _is_factor(right) or len(stacks) > 1:
             raise TypeError(
                 "Kronecker takes two factors, each a square matrix, a diagonal or a stack of as many square matrices, "
                 f"but got {tuple(left.shape)} and {tuple(right.shape)}."
             )
         self.left, self.right, self.psd = left, right, psd
-        size = _stacked(left) * left.shape[-1] * right.shape[-1]
+        size = max(stacks, default=1) * left.shape[-1] * right.shape[-1]
         self.domain = self.codomain = Space(size, left.dtype, left.device)
         self.source = {"operator": "Kronecker"}
 

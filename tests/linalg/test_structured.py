@@ -22,6 +22,7 @@ FACTORS = {
     "diagonal left": (psd(5).diagonal(), psd(2, seed=1)),
     "diagonal right": (psd(2), psd(3, seed=1).diagonal()),
     "diagonals": (psd(2).diagonal(), psd(3, seed=1).diagonal()),
+    "shared": (psd(2, 3), torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64)),
     "small stacks": (torch.ones(3, 1, 1).double(), psd(3, 2)),
 }
 
@@ -30,7 +31,9 @@ def dense(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """The same matrix the obvious way."""
     left, right = (torch.diag(f) if f.ndim == 1 else f for f in (left, right))
     left, right = (f if f.ndim == 3 else f.unsqueeze(0) for f in (left, right))
-    return torch.block_diag(*(torch.kron(a, b) for a, b in zip(left, right, strict=True)))
+    count = max(len(left), len(right))
+    pairs = zip(left.expand(count, -1, -1), right.expand(count, -1, -1), strict=True)
+    return torch.block_diag(*(torch.kron(a, b) for a, b in pairs))
 
 
 def blocks() -> cv.LinearOperator:
