@@ -16,7 +16,7 @@ from curvature.operators.engine import need_objective
 from curvature.probes.directions import SCALES, Scale, to_scale
 from curvature.probes.points import Norm, Points
 from curvature.progress import Run
-from curvature.result import Estimate
+from curvature.result import Estimate, with_error
 
 FEWEST = 3  # directions, of which the jackknife leaves one out and needs two
 FEW = 5  # degrees of freedom, of an index that needs more directions
@@ -55,7 +55,8 @@ class Roughness(Estimate):
         shown = super().summary()
         if len(known):
             above = float((known > 2 + 1e-6).double().mean())
-            shown["oscillation"] = f"{float(known.mean()):.4g}, up to {float(known.max()):.4g}; {above:.0%} above 2"
+            mean = with_error(float(known.mean()), float(known.std()) / len(known) ** 0.5)
+            shown["oscillation"] = f"{mean}, up to {float(known.max()):.4g}; {above:.0%} above 2"
         shown["half as many steps"] = f"{float(self.coarse):.4g}"
         if self.dof < FEW:
             shown["rests on"] = f"{self.dof + 1:.0f} of {len(turns)} directions or so: take more of them"
