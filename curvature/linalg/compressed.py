@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Self
 
 import torch
@@ -111,23 +111,32 @@ class SparseWindow(Window):
     tensor([1., 0., 2.])
     """
 
-    def __init__(self, size: int, space: Space, *, share: float = 0.01) -> None:
+    def __init__(
+        self,
+        size: int,
+        space: Space,
+        *,
+        share: float = 0.01,
+        state: Mapping[str, Tensor] | None = None,
+        seen: int = 0,
+    ) -> None:
         if not 0 < share <= 1:
             raise ValueError(f"The share of entries that are kept is above 0 and at most 1, but got {share}.")
         count, dtype = math.ceil(share * space.size), torch.promote_types(space.dtype, torch.float32)
-        super().__init__(size, space, Space(2 * count, dtype, space.device))
-        integers = torch.int32 if space.size < 2**31 else torch.int64
-        self.error = torch.zeros(space.size, dtype=dtype, device=space.device)
-        self._values = torch.zeros(size, count, dtype=dtype, device=space.device)
-        self._indices = torch.zeros(size, count, dtype=integers, device=space.device)
+        super().__init__(size, space, Space(2 * count, dtype, space.device), state, seen)
+        self.error, self._values, self._indices = (self.state[name] for name in ("error", "values", "indices"))
 
     @property
     def rows(self) -> SparseRows:
         return SparseRows(self._indices[: len(self)], self._values[: len(self)], self.space)
 
-    @property
-    def state(self) -> Mapping[str, Tensor]:
-        return {"indices": self._indices, "values": self._values, "error": self.error, "gram": self._gram}
+    def _empty(self, row: Space) -> Mapping[str, Tensor]:
+        shape, integers = (self.size, row.size // 2), torch.int32 if self.space.size < 2**31 else torch.int64
+        return {
+            "indices": torch.zeros(shape, dtype=integers, device=row.device),
+            "values": torch.zeros(shape, dtype=row.dtype, device=row.device),
+            "error": torch.zeros(self.space.size, dtype=row.dtype, device=row.device),
+        }
 
     def _keep(self, places: list[int], gradients: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
         kept = torch.zeros_like(gradients, dtype=self.error.dtype)
@@ -157,7 +166,17 @@ class LowRankWindow(Window):
     tensor(True)
     """
 
-    def __init__(self, size: int, space: Space, *, shapes: Sequence[torch.Size], rank: int = 4, seed: int = 0) -> None:
+    def __init__(
+        self,
+        size: int,
+        space: Space,
+        *,
+        shapes: Sequence[torch.Size],
+        rank: int = 4,
+        seed: int = 0,
+        state: Mapping[str, Tensor] | None = None,
+        seen: int = 0,
+    ) -> None:
         if rank < 1:
             raise ValueError(f"The rank is 1 at least, but got {rank}.")
         sides = [(shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape)) for shape in shapes]
@@ -166,25 +185,31 @@ class LowRankWindow(Window):
                 f"The shapes have {entries} entries together, but the vectors have {space.size}. "
                 "Give those of all parameters, in order."
             )
-        precise = Space(space.size, torch.promote_types(space.dtype, torch.float32), space.device)
-        super().__init__(size, space, replace(precise, size=sum(min(rank * (o + i), o * i) for o, i in sides)))
-        generator = torch.Generator().manual_seed(seed)
-        self.error = precise.empty.new_zeros(space.size)
+        self._sides, self._rank, self._seed = sides, rank, seed
+        entries = sum(min(rank * (o + i), o * i) for o, i in sides)
+        row = Space(entries, torch.promote_types(space.dtype, torch.float32), space.device)
+        super().__init__(size, space, row, state, seen)
+        self.error = self.state["error"]
+        kinds = [_Factors if f"P{place}" in self.state else _Whole for place in range(len(sides))]
         self._parts = [
-            _Factors.of(size, o, i, rank, self.error, generator)
-            if rank * (o + i) < o * i
-            else _Whole(self.error.new_zeros(size, o * i))
-            for o, i in sides
+            kind(*(self.state[f"{field.name}{place}"] for field in fields(kind))) for place, kind in enumerate(kinds)
         ]
 
     @property
     def rows(self) -> JoinedRows:
         return JoinedRows([part.rows(len(self)) for part in self._parts], self.space)
 
-    @property
-    def state(self) -> Mapping[str, Tensor]:
-        parts = {f"{name}{i}": t for i, part in enumerate(self._parts) for name, t in vars(part).items()}
-        return {**parts, "error": self.error, "gram": self._gram}
+    def _empty(self, row: Space) -> Mapping[str, Tensor]:
+        generator, rank = torch.Generator().manual_seed(self._seed), self._rank
+        error = torch.zeros(self.space.size, dtype=row.dtype, device=row.device)
+        parts = [
+            _Factors.of(self.size, o, i, rank, error, generator)
+            if rank * (o + i) < o * i
+            else _Whole(error.new_zeros(self.size, o * i))
+            for o, i in self._sides
+        ]
+        named = {f"{name}{place}": tensor for place, part in enumerate(parts) for name, tensor in vars(part).items()}
+        return {"error": error, **named}
 
     def _keep(self, places: list[int], gradients: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
         kept = torch.empty_like(gradients, dtype=self.error.dtype)
@@ -225,7 +250,7 @@ class _Factors:
         Q = P.T @ A
         self.P[place], self.Q[place] = P.T, Q
         seen = Q.norm(dim=1, keepdim=True) > torch.finfo(Q.dtype).eps * A.norm()
-        self.last = torch.where(seen, Q, self.start)  # from zero the iteration would not come back
+        self.last.copy_(torch.where(seen, Q, self.start))  # from zero the iteration would not come back
         return (P @ Q).flatten()
 
 

@@ -15,6 +15,7 @@ from curvature.linalg.measurement import describe
 from curvature.linalg.operator import Identity, LinearOperator, Scaled, Sum
 from curvature.linalg.outer import Outer, OuterBlocks
 from curvature.linalg.structured import BlockDiagonal, Dense, Diagonal, Kronecker, LowRank, Spectral
+from curvature.linalg.tensors import TensorKronecker, TensorSpectral, Tiled
 
 
 class Unstructured(TypeError):
@@ -55,7 +56,11 @@ def mapped(A: LinearOperator, function: Callable[[Tensor], Tensor]) -> LinearOpe
             return Diagonal(function(torch.ones(A.shape[0], dtype=A.dtype, device=A.device)), space=A.domain)
         case Spectral():
             return Spectral(function(A.values), A.U, A.V)
-        case Kronecker():
+        case TensorSpectral():
+            return TensorSpectral(function(A.values), A.bases)
+        case Tiled():
+            return Tiled([mapped(part, function) for part in A.parts], A.tiling)
+        case Kronecker() | TensorKronecker():
             return mapped(A.spectral, function)
         case Dense() if A.symmetric:
             return mapped(A.spectral, function)
@@ -100,7 +105,7 @@ def _collected(A: LinearOperator) -> Tensor:
     match A:
         case Diagonal():
             return A.entries
-        case Spectral():
+        case Spectral() | TensorSpectral():
             return A.values.reshape(-1)
         case OuterBlocks():
             return A.eigenvalues

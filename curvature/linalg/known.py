@@ -11,6 +11,7 @@ from curvature.linalg.outer import Outer, OuterBlocks
 from curvature.linalg.rows import COLUMNS, Rows
 from curvature.linalg.space import Space
 from curvature.linalg.structured import BlockDiagonal, Dense, Diagonal, Kronecker, LowRank, Spectral
+from curvature.linalg.tensors import TensorKronecker, TensorSpectral, Tiled
 
 
 def known_trace(A: LinearOperator) -> Tensor | None:
@@ -24,13 +25,15 @@ def known_trace(A: LinearOperator) -> Tensor | None:
             return torch.tensor(float(A.shape[0]), dtype=torch.float64)
         case Kronecker():
             return (_traces(A.left) * _traces(A.right)).sum()
-        case Spectral():
+        case TensorKronecker():
+            return A.trace
+        case Spectral() | TensorSpectral():
             return A.values.double().sum()
         case LowRank():
             return A.values.sum() + A.shift * A.shape[0]
         case Outer() | OuterBlocks():
             return (A.core * A.gram).sum() + A.shift * A.shape[0]
-        case BlockDiagonal() | Sum():
+        case BlockDiagonal() | Tiled() | Sum():
             traces = [known_trace(part) for part in A.parts]
             return sum((t for t in traces if t is not None), torch.zeros(())) if None not in traces else None
         case Scaled():
@@ -62,8 +65,12 @@ def known_diagonal(A: LinearOperator) -> Float[Tensor, " n"] | None:
         case Outer(rows=Rows() as rows):
             pieces = (slice(start, start + COLUMNS) for start in range(0, A.shape[0], COLUMNS))
             return torch.cat([(A.core @ some * some).sum(0) + A.shift for some in map(rows.columns, pieces)])
-        case OuterBlocks():
+        case OuterBlocks() | TensorKronecker() | TensorSpectral():
             return A.diagonal
+        case Tiled():
+            parts = [known_diagonal(part) for part in A.parts]
+            known = [part for part in parts if part is not None]
+            return A.joined(known) if len(known) == len(parts) else None
         case LowRank():
             squares = (value * row.double().square() for value, row in zip(A.values, A.vectors, strict=True))
             return sum(squares, torch.full((A.shape[0],), A.shift, dtype=torch.float64, device=A.device))

@@ -170,6 +170,10 @@ class LowRank(LinearOperator):
         return space.combine((inside + again) * (self.values + self.shift), self.vectors) + self.shift * outside
 
 
+class Places(dict[str, slice | Tensor]):
+    """Coordinates by name that are known to be all there are, each once: where blocks are is looked at once only."""
+
+
 class BlockDiagonal(LinearOperator):
     """Operators on disjoint sets of coordinates that together are all; zero between them.
 
@@ -192,13 +196,8 @@ class BlockDiagonal(LinearOperator):
                 f"The blocks of a {space.size} x {space.size} matrix have {sum(sizes.values())} coordinates"
                 + (f", and {wrong[0]} is {blocks[wrong[0]].shape} for {sizes[wrong[0]]} of them." if wrong else ".")
             )
-        covered = torch.zeros(space.size, dtype=torch.bool)
-        for place in places.values():
-            covered[place if isinstance(place, slice) else place.cpu()] = True
-        if not covered.all():
-            raise ValueError(f"Coordinate {int((~covered).nonzero()[0])} is in no block, and another in more than one.")
+        self.places = places if isinstance(places, Places) else _found({name: places[name] for name in blocks}, space)
         self.blocks = dict(blocks)
-        self.places = {name: _as_slice(places[name]) for name in blocks}
         self.domain = self.codomain = space
         self.symmetric = all(block.symmetric for block in blocks.values())
         self.psd = all(block.psd for block in blocks.values())
@@ -209,7 +208,10 @@ class BlockDiagonal(LinearOperator):
         product = torch.empty_like(rows)
         for name, block in self.blocks.items():
             place = self.places[name]
-            product[:, place] = block.apply(rows[:, place].contiguous())
+            if isinstance(place, slice):
+                product[:, place] = block.apply(rows[:, place].contiguous())
+            else:
+                product.index_copy_(1, place.long(), block.apply(rows.index_select(1, place)))
         return product
 
     def adjoint(self) -> LinearOperator:
@@ -242,6 +244,16 @@ def _decomposed(factor: Tensor, *, psd: bool) -> tuple[Tensor, Tensor | None]:
 
 def _count(place: slice | Tensor, size: int) -> int:
     return len(range(*place.indices(size))) if isinstance(place, slice) else len(place)
+
+
+def _found(places: Mapping[str, slice | Tensor], space: Space) -> Places:
+    """The places, of which it was seen that every coordinate is in one."""
+    covered = torch.zeros(space.size, dtype=torch.bool)
+    for place in places.values():
+        covered[place if isinstance(place, slice) else place.cpu()] = True
+    if not covered.all():
+        raise ValueError(f"Coordinate {int((~covered).nonzero()[0])} is in no block, and another in more than one.")
+    return Places({name: _as_slice(place) for name, place in places.items()})
 
 
 def _as_slice(place: slice | Tensor) -> slice | Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -22,15 +23,24 @@ class Window(ABC):
     `fisher` is F = (1/m) sum g g^T of what is there: `inverse(window.fisher, damping=1e-5)` is its inverse, exact, with
     entries, diagonal, log-determinant and products at the cost of reading the window once or twice. Adding a gradient
     reads it once; nothing else is computed anew but m x m matrices. Matrices made before see the rows they were made of
-    change: make them anew. `seen` counts what was added.
+    change: make them anew.
+
+    `state` are all its tensors by name, and `seen` counts what was added: what to save. A window that is made with
+    both goes on where they are from, in the same tensors.
     """
 
-    def __init__(self, size: int, space: Space, row: Space) -> None:
+    def __init__(self, size: int, space: Space, row: Space, state: Mapping[str, Tensor] | None, seen: int) -> None:
         if size < 1:
             raise ValueError(f"A window holds one gradient at least, but got a size of {size}.")
-        need_basis(size, row)
-        self.size, self.space, self.seen, self.dtype = size, space, 0, row.dtype
-        self._gram = torch.zeros(size, size, dtype=torch.float64, device=space.device)
+        self.size, self.space, self.seen, self.dtype = size, space, seen, row.dtype
+        if state is None:
+            need_basis(size, row)
+            gram = torch.zeros(size, size, dtype=torch.float64, device=space.device)
+            state = {**self._empty(row), "gram": gram}
+        if len(state["gram"]) != size:
+            raise ValueError(f"The tensors are those of a window of {len(state['gram'])}, but a size of {size} came.")
+        self.state = state
+        self._gram = state["gram"]
 
     def __len__(self) -> int:
         return min(self.seen, self.size)
@@ -40,10 +50,9 @@ class Window(ABC):
     def rows(self) -> Rows:
         """Those that are there."""
 
-    @property
     @abstractmethod
-    def state(self) -> Mapping[str, Tensor]:
-        """All tensors of the window by name: with `seen`, what to save, and to copy into another to go on there."""
+    def _empty(self, row: Space) -> Mapping[str, Tensor]:
+        """Zeros for rows of that space, and what else there is of each parameter."""
 
     @abstractmethod
     def _keep(self, places: list[int], gradients: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
@@ -117,10 +126,17 @@ class GradientWindow(Window):
     tensor([4., 0., 0.])
     """
 
-    def __init__(self, size: int, space: Space, *, dtype: torch.dtype | None = None) -> None:
-        dtype = dtype or space.dtype
-        super().__init__(size, space, Space(space.size, dtype, space.device))
-        self._rows = torch.zeros(size, space.size, dtype=dtype, device=space.device)
+    def __init__(
+        self,
+        size: int,
+        space: Space,
+        *,
+        dtype: torch.dtype | None = None,
+        state: Mapping[str, Tensor] | None = None,
+        seen: int = 0,
+    ) -> None:
+        super().__init__(size, space, replace(space, dtype=dtype or space.dtype), state, seen)
+        self._rows = self.state["rows"]
 
     @property
     def gradients(self) -> Float[Tensor, "m n"]:
@@ -131,9 +147,8 @@ class GradientWindow(Window):
     def rows(self) -> DenseRows:
         return DenseRows(self.gradients, self.space)
 
-    @property
-    def state(self) -> Mapping[str, Tensor]:
-        return {"rows": self._rows, "gram": self._gram}
+    def _empty(self, row: Space) -> Mapping[str, Tensor]:
+        return {"rows": torch.zeros(self.size, row.size, dtype=row.dtype, device=row.device)}
 
     def _keep(self, places: list[int], gradients: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
         kept = gradients.to(self._rows.dtype, copy=True)

@@ -42,7 +42,8 @@ class Health:
     loss of the first batch does not depend on; `difference` is the relative difference between a Hessian product and
     a finite difference of gradients in float64, None when the model cannot be run in float64; `example_bytes` is the
     memory that the graph of a gradient holds for each example, and `example_tensor` that of its tensors, one with
-    another: the mean over bytes of how many bytes the tensor has that they are in.
+    another: the mean over bytes of how many bytes the tensor has that they are in. `altered` are layers, with the
+    reason, whose parameters turned out not to be known by what goes through them: whoever finds out adds them.
     """
 
     rewrites: Mapping[str, int] = field(default_factory=dict)
@@ -50,6 +51,7 @@ class Health:
     difference: float | None = None
     example_bytes: float = 0.0
     example_tensor: float = 0.0
+    altered: dict[str, str] = field(default_factory=dict)
 
     def narrowed(self, names: Container[str]) -> Health:
         """The same of the parameters of these names alone."""

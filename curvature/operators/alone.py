@@ -14,7 +14,7 @@ from curvature.objective.batches import examples
 from curvature.objective.objective import Objective
 from curvature.objective.params import ParamSpace
 from curvature.objective.products import pulled
-from curvature.operators.engine import CHUNK, abreast
+from curvature.operators.engine import CHUNK, abreast, at_once, budget_of
 from curvature.operators.followed import Evidence, agree, norm
 
 T = TypeVar("T")
@@ -24,14 +24,17 @@ class Alone:
     """The examples of a batch, and the gradients of some parameters for each.
 
     Examples go through the model alone, where that has the gradient it has in the batch: what belongs to an example,
-    and what to all of them, cannot be told from shapes. Else each goes with the batch, at the cost of all examples.
+    and what to all of them, cannot be told from shapes. Else each goes with the batch, at the cost of all examples:
+    as they all do where a batch is so small that the calls are what takes time.
     """
 
     def __init__(self, objective: Objective, names: Iterable[str], evidence: Evidence) -> None:
         self.objective, self.evidence, self.recorded = objective, evidence, evidence.recorded
         self.params = {name: self.recorded.leaves[name] for name in names}
         self.space = ParamSpace.of(self.params)
-        self.separable = True  # until it turns out otherwise
+        budget = budget_of("auto", self.space.device)
+        self.chunk, bulk = at_once(objective.check(), self.recorded.batch, budget, objective.space)
+        self.separable = bulk > 1  # until it turns out otherwise
 
     def squares(self, residuals: Sequence[Tensor]) -> dict[str, Tensor]:
         """The squared gradients by parameter, summed over examples and residuals."""
@@ -76,15 +79,19 @@ class Alone:
         return total if agree(sent, expected, size=size) else None
 
     def _in_batch(self, residuals: Sequence[Tensor], add: Callable[[T, Tensor], T], total: T) -> T:
-        """From the whole batch, with the cotangents of one example at a time."""
-        for rows in self.recorded.rows():
-            gradients = []
-            for residual in residuals:
-                cotangent = torch.zeros_like(residual)
-                cotangent[rows] = residual[rows]
-                gradients.append(self._gradient(self.recorded.outputs, cotangent))
-            total = add(total, torch.stack(gradients))
+        """From the whole batch, with the cotangents of a few examples at a time, each apart."""
+        stacked, through = torch.stack(list(residuals)), abreast(self._of_batch, self.chunk, set())
+        rows = self.recorded.rows()
+        for some in (rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)):
+            cotangents = stacked.new_zeros(len(some), *stacked.shape)
+            for apart, own in zip(cotangents, some, strict=True):
+                apart[:, own] = stacked[:, own]
+            for gradients in through(cotangents.flatten(0, 1)).view(*cotangents.shape[:2], -1):
+                total = add(total, gradients)
         return total
+
+    def _of_batch(self, cotangent: Tensor) -> Float[Tensor, " n"]:
+        return self._gradient(self.recorded.outputs, cotangent)
 
     def _gradient(self, outputs: Tensor, cotangent: Tensor) -> Float[Tensor, " n"]:
         return pulled(self.space, list(self.params.values()), [outputs], [cotangent])

@@ -22,6 +22,7 @@ from curvature.operators.layerwise import Layerwise, Seen
 from curvature.operators.residuals import FisherKind, signed
 
 Sharing = Literal["expand", "reduce"]
+Bases = tuple[Tensor | None, Tensor | None]  # of the two factors of a layer
 
 
 def kfac(
@@ -81,18 +82,32 @@ def ekfac(
     seen = Layerwise("ekfac", objective, pulled, fisher=fisher, samples=samples, seed=seed)
     blocks, squares = _factors(seen, sharing)
     bases = {layer.name: blocks[layer.name].spectral for layer in seen.layers if not layer.kind.small}
+    moments = _moments(seen, {name: (basis.U, basis.V) for name, basis in bases.items()})
+    corrected = {name: Spectral(moments[name], basis.U, basis.V) for name, basis in bases.items()}
+    return seen.assembled({**blocks, **corrected}, squares, sharing=sharing)
+
+
+def second_moments(
+    objective: Objective, bases: Mapping[str, Bases], *, fisher: FisherKind = "sampled", samples: int = 1, seed: int = 0
+) -> dict[str, Tensor]:
+    """The mean squares of gradients along given bases (U, V), by layer: the eigenvalues of `ekfac` where the bases are
+    those of `kfac`, None for the identity. The layers are some of those that `kfac` has followed through these data."""
+    pulled = signed(objective, "ekfac", fisher, samples=samples, seed=seed)
+    return _moments(Layerwise("ekfac", objective, pulled, fisher=fisher, samples=samples, seed=seed), bases)
+
+
+def _moments(seen: Layerwise, bases: Mapping[str, Bases]) -> dict[str, Tensor]:
+    """The mean squares of the entries of U^T G V, over the gradients G of examples."""
 
     def see(layer: Layer, inputs: Inputs) -> Seen:
-        if layer.kind.small:
-            return {}, lambda cotangents: {}  # exact as it is
-        basis = bases[layer.name]
-        outer, inner = (basis.V, basis.U) if layer.kind.transposed else (basis.U, basis.V)
+        if layer.name not in bases:
+            return {}, lambda cotangents: {}
+        outer, inner = bases[layer.name][:: -1 if layer.kind.transposed else 1]
         inputs = inputs.projected(inner)
         return {}, lambda cotangents: {"squares": inputs.squares(torch.einsum("nrgo,gop->nrgp", cotangents, outer))}
 
     moments, _ = seen.means(see, again=True)
-    corrected = {name: Spectral(moments[name]["squares"], basis.U, basis.V) for name, basis in bases.items()}
-    return seen.assembled({**blocks, **corrected}, squares, sharing=sharing)
+    return {name: moments[name]["squares"] for name in bases}
 
 
 def _factors(seen: Layerwise, sharing: Sharing) -> tuple[dict[str, Kronecker], dict[str, Tensor]]:

@@ -22,7 +22,7 @@ from curvature.objective.objective import Objective
 from curvature.objective.passes import Passes, Sums
 from curvature.operators.alone import Alone
 from curvature.operators.engine import CHUNK, source_of
-from curvature.operators.followed import NEVER, Evidence, Recorded, candidates, collected
+from curvature.operators.followed import ALTERED, NEVER, Evidence, Recorded, candidates, collected
 from curvature.operators.layers import Inputs, Layer, Unfollowed
 from curvature.operators.residuals import Residuals, one_term_each
 
@@ -76,8 +76,9 @@ class Layerwise:
         **options: Any,
     ) -> None:
         self.objective, self.residuals, self.apart = objective, residuals, apart
-        objective.check()
+        self.altered = objective.check().altered
         self.layers, self.others = candidates(objective)
+        self.drop(self.altered)
         self.unmixed = exact or objective.mode == "eval"
         if not self.unmixed:
             self._survey(objective.in_mode("eval"))
@@ -109,7 +110,8 @@ class Layerwise:
                 self.drop(error.reasons)
 
     def drop(self, reasons: Mapping[str, str]) -> None:
-        """Leave the parameters of these layers to the others."""
+        """Leave the parameters of these layers to the others; those of altered layers from now on."""
+        self.altered |= {name: reason for name, reason in reasons.items() if reason == ALTERED}
         for layer in self.layers:
             if layer.name in reasons:
                 self.others |= dict.fromkeys(layer.params, reasons[layer.name])

@@ -1,1 +1,32 @@
 """Optimizers that multiply gradients by the inverse of a curvature matrix."""
+
+from curvature.optim.control import Armijo as Armijo
+from curvature.optim.control import Fixed as Fixed
+from curvature.optim.control import LevenbergMarquardt as LevenbergMarquardt
+from curvature.optim.control import Polyak as Polyak
+from curvature.optim.control import QuadraticModel as QuadraticModel
+from curvature.optim.control import StepControl as StepControl
+from curvature.optim.optimizer import PreconditionedOptimizer as PreconditionedOptimizer
+from curvature.optim.optimizer import Routing as Routing
+from curvature.optim.preconditioner import Preconditioner as Preconditioner
+from curvature.optim.rules.adam import AdamDiagonal as AdamDiagonal
+from curvature.optim.rules.diagonal_hessian import AdaHessian as AdaHessian
+from curvature.optim.rules.diagonal_hessian import SophiaG as SophiaG
+from curvature.optim.rules.diagonal_hessian import SophiaH as SophiaH
+from curvature.optim.rules.gauss_newton import EGN as EGN
+from curvature.optim.rules.kfac import EKFAC as EKFAC
+from curvature.optim.rules.kfac import KFAC as KFAC
+from curvature.optim.rules.mfac import EFCP as EFCP
+from curvature.optim.rules.mfac import MFAC as MFAC
+from curvature.optim.rules.muon import Muon as Muon
+from curvature.optim.rules.newton_cg import NewtonCG as NewtonCG
+from curvature.optim.rules.psgd import PSGD as PSGD
+from curvature.optim.rules.shampoo import Shampoo as Shampoo
+from curvature.optim.rules.soap import SOAP as SOAP
+from curvature.optim.rules.soap import KLShampoo as KLShampoo
+from curvature.optim.update import ClipEntries as ClipEntries
+from curvature.optim.update import ClipNorm as ClipNorm
+from curvature.optim.update import Graft as Graft
+from curvature.optim.update import MatchRMS as MatchRMS
+from curvature.optim.update import MatchSpectral as MatchSpectral
+from curvature.optim.update import Momentum as Momentum

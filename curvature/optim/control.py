@@ -21,8 +21,8 @@ class StepControl(Protocol):
 
     needs: ClassVar[frozenset[Need]]
 
-    def begin(self) -> dict[str, float]:
-        """The numbers before the first step."""
+    def begin(self, numbers: Memory) -> Memory:
+        """The numbers before the first step, given those of the rule. ValueError for a rule it cannot control."""
         ...
 
     def init(self, block: Block) -> State:
@@ -44,7 +44,7 @@ class Fixed:
 
     needs: ClassVar[frozenset[Need]] = frozenset()
 
-    def begin(self) -> dict[str, float]:
+    def begin(self, numbers: Memory) -> Memory:
         return {}
 
     def init(self, block: Block) -> State:
@@ -62,7 +62,7 @@ class Armijo:
     """The first of a falling sequence of steps that lowers the loss by `decrease` of what its slope promises.
 
     The first is `growth` times the last one taken, and at most the whole; each is `shrink` times the one before. Where
-    none of `trials` does, no step is taken. Armijo 1966.
+    none of `trials` does, or the step does not descend, none is taken. Armijo 1966.
     """
 
     decrease: float = 0.1
@@ -71,7 +71,7 @@ class Armijo:
     trials: int = 15
     needs: ClassVar[frozenset[Need]] = frozenset({"loss"})
 
-    def begin(self) -> dict[str, float]:
+    def begin(self, numbers: Memory) -> Memory:
         return {"scale": 1.0}
 
     def init(self, block: Block) -> State:
@@ -101,7 +101,7 @@ class Polyak:
     longest: float = math.inf
     needs: ClassVar[frozenset[Need]] = frozenset({"loss"})
 
-    def begin(self) -> dict[str, float]:
+    def begin(self, numbers: Memory) -> Memory:
         return {}
 
     def init(self, block: Block) -> State:
@@ -111,7 +111,7 @@ class Polyak:
         return None
 
     def settle(self, memory: Memory, trial: Trial) -> None:
-        along = sum(float(m.grad.double() @ m.direction.double()) for m in trial.moves)
+        along = sum(m.slope for m in trial.moves)
         if along > 0:
             trial.take(min(self.longest, max(0.0, trial.loss - self.target) / along))
 
@@ -121,13 +121,12 @@ class LevenbergMarquardt:
     """The whole step, if it lowers the loss; damping by how well a quadratic model told the change of the loss.
 
     The model is that of the Gauss-Newton matrix of the mini-batch, without damping. Where the loss changed by less
-    than `low` of what it said the damping is multiplied by `raise_`, where by more than `high` by `lower`. A step after
-    which the loss is higher, or no number, is taken back if `reject`. Levenberg 1944, Marquardt 1963; Martens & Grosse
-    2015
-    (arXiv:1503.05671), section 6.5.
+    than `low` of what it said the damping is multiplied by `raise_`, where by more than `high` by `lower`; it begins
+    with that of the optimizer. A step after which the loss is higher, or no number, is taken back if `reject`.
+
+    Levenberg 1944, Marquardt 1963; Martens & Grosse 2015 (arXiv:1503.05671), section 6.5.
     """
 
-    start: float = 1.0
     low: float = 0.25
     high: float = 0.75
     raise_: float = 1.5
@@ -137,8 +136,13 @@ class LevenbergMarquardt:
     reject: bool = True
     needs: ClassVar[frozenset[Need]] = frozenset({"loss", "objective"})
 
-    def begin(self) -> dict[str, float]:
-        return {"damping": self.start}
+    def begin(self, numbers: Memory) -> Memory:
+        if "damping" not in numbers:
+            raise ValueError(
+                "LevenbergMarquardt adapts the damping of a matrix, and this optimizer has none. Take EGN, NewtonCG, "
+                "KFAC or another with damping=, or Armijo()."
+            )
+        return {}
 
     def init(self, block: Block) -> State:
         return {}
@@ -147,8 +151,10 @@ class LevenbergMarquardt:
         return memory["damping"]
 
     def settle(self, memory: Memory, trial: Trial) -> None:
-        slopes, bend, _ = trial.model()
-        before, predicted = trial.loss, float(slopes[0] + bend[0, 0] / 2)
+        model, before = trial.model(), trial.loss
+        predicted = float(model.slopes[0] + model.bend[0, 0] / 2)
+        if predicted == 0:
+            return  # no step, as where gradients were not finite
         after = trial.tried()
         ratio = (after - before) / predicted if predicted < 0 else -math.inf
         factor = self.lower if ratio > self.high else 1.0 if ratio >= self.low else self.raise_
@@ -162,14 +168,14 @@ class QuadraticModel:
     """The combination of the direction and of the last step that is best for a quadratic model: learning rate and
     momentum at once, at the price of two products.
 
-    The model has the Gauss-Newton matrix of the mini-batch, plus `damping`. The learning rate multiplies what it says.
-    Give no other momentum beside it. Martens & Grosse 2015 (arXiv:1503.05671), section 7.
+    The model has the Gauss-Newton matrix of the mini-batch, plus the damping of the optimizer, if it has one. Learning
+    rates only weigh groups against each other. Give no other momentum beside it. On a quadratic function it makes the
+    steps of conjugate gradients, preconditioned. Martens & Grosse 2015 (arXiv:1503.05671), section 7.
     """
 
-    extra: float = 0.0
     needs: ClassVar[frozenset[Need]] = frozenset({"objective"})
 
-    def begin(self) -> dict[str, float]:
+    def begin(self, numbers: Memory) -> Memory:
         return {}
 
     def init(self, block: Block) -> State:
@@ -179,16 +185,14 @@ class QuadraticModel:
         return None
 
     def settle(self, memory: Memory, trial: Trial) -> None:
-        last = [m.block.gathered([view["last"] for view in m.views]) for m in trial.moves]
-        slopes, bend, gram = trial.model(last)
-        kept = 2 if float(gram[1, 1]) > 0 else 1
-        matrix = (bend + self.extra * gram)[:kept, :kept]
-        weights = torch.linalg.lstsq(matrix, -slopes[:kept, None]).solution[:, 0].tolist()
-        steps = [w * weights[0] for w in trial.steps]
-        if kept == 2:
-            steps = [s + weights[1] * before for s, before in zip(steps, last, strict=True)]
+        steps = [m.step for m in trial.moves]
+        last = [m.block.gathered([view["last"] for view in m.views]) * bool(m.rate) for m in trial.moves]
+        slopes, bend, gram = (tensor.cpu() for tensor in trial.model(last))
+        matrix = bend + memory.get("damping", 0.0) * gram
+        direct, again = torch.linalg.lstsq(matrix, -slopes[:, None], driver="gelsd").solution[:, 0].tolist()
+        steps = [direct * step + again * before for step, before in zip(steps, last, strict=True)]
         for move, step in zip(trial.moves, steps, strict=True):
             for view, piece in zip(move.views, move.block.scattered(step), strict=True):
                 view["last"].copy_(piece.view_as(view["last"]))
-        trial.turned([s * m.lr for s, m in zip(steps, trial.moves, strict=True)])
+        trial.turned(steps)
         trial.take()

@@ -14,6 +14,7 @@ from curvature.errors import NeedsEvidence, NonFinite
 from curvature.linalg.deflation import derived
 from curvature.linalg.operator import LinearOperator
 from curvature.linalg.structured import BlockDiagonal
+from curvature.objective.function import cast
 from curvature.objective.objective import Objective
 from curvature.objective.params import ParamSpace
 from curvature.optim.block import Block, Role, blocks_of, role_of
@@ -83,6 +84,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         roles: Mapping[str, Role] | None = None,
         seed: int = 0,
     ) -> None:
+        if maximize and control.needs:
+            raise ValueError(f"{type(control).__name__} lowers a loss. Give the negative of what is to be maximised.")
         self.preconditioner, self.momentum, self.control = preconditioner, momentum, control
         self.finish, self.fallback = tuple(finish), fallback
         self.roles: dict[str, Role] = dict(roles or {})
@@ -92,7 +95,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         self._checked: list[Any] = []  # what the check of the first objective found: the model is the same
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "momentum": momentum.beta, "taken": 0}
         defaults |= {"fallback_momentum": 0.9} | {"fallback_" + name: v for name, v in _numbers(fallback).items()}
-        defaults |= _numbers(preconditioner) | control.begin()
+        defaults |= _numbers(preconditioner) | control.begin(_numbers(preconditioner))
         super().__init__(params, defaults)  # pyright: ignore[reportArgumentType]
 
     # What torch expects
@@ -128,11 +131,11 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         """
         objective = self._observed if objective is None else objective
         self._observed = None
-        self._need_evidence(closure, objective)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._need_evidence(closure, objective)
         with torch.no_grad():
             moves = [m for slab in self.slabs for m in self._moves(slab, objective)]
             for group in self.param_groups:
@@ -140,6 +143,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             placed = None if objective is None else lambda: self._placed(objective, None)
             trial = Trial(moves, loss, closure, placed)
             self.control.settle(self.param_groups[0], trial)
+            trial.decay()
         return loss
 
     def observe(self, objective: Objective) -> None:
@@ -193,30 +197,35 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         evidence_of = None
         if objective is not None and "objective" in rule.needs:
             evidence_of = slab.objective = self._placed(objective, block)
-        rows = [i for i, p in enumerate(block.params) if p.grad is not None]
-        if not rows and evidence_of is None:
-            return []
+        moved = [p.grad is not None for p in block.params]
+        backward = any(moved)
+        if not backward and evidence_of is not None:  # the gradient is that of the objective
+            moved = [p.requires_grad for p in block.params]
+        rows = [i for i, moves in enumerate(moved) if moves]
         if not rows:
-            assert evidence_of is not None
-            grad = evidence_of.gradient().to(block.dtype)
-            rows = list(range(block.stack))
-        elif block.grain == "model":
+            return []
+        if len(rows) < block.stack and block.grain == "shape":
+            block, moved = block.some(rows), [True] * len(rows)
+            evidence_of = None if evidence_of is None else self._placed(evidence_of, block)
+        if backward:
             grad = block.gathered([torch.zeros_like(p) if p.grad is None else _dense(p.grad) for p in block.params])
         else:
-            block = block if len(rows) == block.stack else block.some(rows)
-            grad = block.gathered([_dense(p.grad) for p in block.params if p.grad is not None])
+            assert evidence_of is not None
+            grad = evidence_of.gradient().to(block.dtype)
         grad = -grad if group["maximize"] else grad
         state = slab.state
         if block.stack < slab.block.stack:
             state = {name: t if name.startswith(WHOLE) else t[rows] for name, t in slab.state.items()}
-        direction = self._direction(slab, rule, state, block, rows, grad, evidence_of)
+        direction, grad = self._direction(slab, rule, state, block, rows, grad, evidence_of)
         if state is not slab.state:
             for name, tensor in state.items():
                 if not name.startswith(WHOLE):
                     slab.state[name][rows] = tensor
         slab.begun.update(rows)
-        moved = [p.grad is not None or evidence_of is not None for p in block.params]
-        return [Move(block, direction, grad, moved, group, [self.state[p] for p in block.params])]
+        views = [self.state[p] for p in block.params]
+        first = self.state[slab.block.params[0]]
+        first |= {name: t for name, t in state.items() if name.startswith(WHOLE) and name not in first}
+        return [Move(block, direction, -float(group["lr"]), grad, moved, group, views)]
 
     def _direction(
         self,
@@ -227,28 +236,28 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         rows: list[int],
         grad: Float[Tensor, " n"],
         objective: Objective | None,
-    ) -> Float[Tensor, " n"]:
-        """The finished direction of a block; updates the state."""
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """The finished direction of a block, and the gradient where it is finite; updates the state."""
         group = slab.group
         steps = state["block.step" if block.grain == "model" else "step"].view(-1, 1)
         grad, fine = _guarded(grad, state, len(steps))
         steps += fine
         momentum = self._momentum(slab)
         averaged = grad if momentum.after else momentum(state, grad, steps)
-        evidence = Evidence(grad, averaged, steps, derived(self.seed + group["taken"]), objective)
-        due = group["taken"] % rule.every == 0 or not slab.begun.issuperset(rows)
+        evidence = Evidence(grad, averaged, steps, derived(self.seed + group["taken"]), objective, group["taken"])
+        due = self._due(slab, rows)
         if due:
             _check_failures(state, block)
-        rule.update(state, block, evidence, due)
+        kept = rule.update(state, block, evidence, due)
         operator = self._operator(slab, state, block, evidence)
-        direction = operator.apply(averaged[None])[0]
+        direction = operator.apply((averaged if kept is None else kept)[None])[0]
         if momentum.after:
-            direction = momentum(state, direction, steps)
+            direction = momentum(state, torch.where(fine, direction.view(len(steps), -1), 0).view(-1), steps)
         for finish in self.finish if slab.covered else ():
             direction = finish(state, block, direction, evidence)
         if grad.is_cuda or not bool(fine.all()):
             direction = torch.where(fine, direction.view(len(steps), -1), 0).view(-1)
-        return direction
+        return direction, grad
 
     def _operator(self, slab: Slab, state: State, block: Block, evidence: Evidence) -> LinearOperator:
         damping = self.control.damping(self.param_groups[0]) if slab.covered else None
@@ -302,6 +311,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             for name, tensor in self.state[p].items() if p in self.state else ():
                 if name in state:
                     _part(state, name, block, i).copy_(tensor)
+                elif name.startswith(WHOLE):  # made by the rule when it saw the model
+                    state[name] = tensor
         slab.state = state
         counts = state[WHOLE + "step" if whole else "step"]
         slab.begun = {i for i in range(block.stack) if counts[0 if whole else i] > 0}
@@ -326,19 +337,35 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                 f"The objective is of a {type(module).__name__} that has no parameter {unknown[0]}.",
                 "Make it of the model that is trained: Objective.of(model, loss, [batch]).",
             )
-        live = {name: p.detach().to(objective.space.dtype) for name, p in module.named_parameters()}
+        place = objective.space.device, block.dtype if block else objective.space.dtype
+        live = cast(dict(module.named_parameters()), *place)  # copies, which stay where they are when steps are taken
         own = {names[id(p)]: live[names[id(p)]] for p in params if id(p) in names}
         return replace(
             objective,
             params=own,
             frozen={name: p for name, p in live.items() if name not in own},
-            buffers={name: b.detach().clone() for name, b in module.named_buffers()},
+            buffers=cast(dict(module.named_buffers()), *place),
             _health=self._checked,
         )
 
+    def _due(self, slab: Slab, rows: Iterable[int]) -> bool:
+        """Whether a step of these parameters makes anew what is dear."""
+        return slab.group["taken"] % self._rule(slab).every == 0 or not slab.begun.issuperset(rows)
+
+    def _asked(self) -> bool:
+        """Whether this step needs the objective: for the control, or what is due of parameters that have gradients, or
+        of all where none has."""
+        given = [[i for i, p in enumerate(slab.block.params) if p.grad is not None] for slab in self.slabs]
+        due = (
+            "objective" in self._rule(slab).needs and self._due(slab, rows)
+            for slab, rows in zip(self.slabs, given, strict=True)
+            if rows or not any(given)
+        )
+        return "objective" in self.control.needs or any(due)
+
     def _need_evidence(self, closure: Callable[[], Any] | None, objective: Objective | None) -> None:
         name = type(self).__name__
-        if objective is None and "objective" in self.preconditioner.needs | self.control.needs:
+        if objective is None and self._asked():
             raise NeedsEvidence(
                 f"{name} needs the mini-batch as a function of the parameters, and not only its gradient.",
                 "Call step(objective=curvature.Objective.of(model, loss, [batch])), or observe(...) before step().",

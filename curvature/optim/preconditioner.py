@@ -38,9 +38,11 @@ class Preconditioner(Protocol):
         """The state before the first step."""
         ...
 
-    def update(self, state: State, block: Block, evidence: Evidence, due: bool) -> None:
+    def update(self, state: State, block: Block, evidence: Evidence, due: bool) -> Tensor | None:
         """Take the evidence of a step into the state, in place, without looking at values. What is dear, roots and
-        eigenbases, is made anew where it is `due`: at the first step of a parameter, and then every so many."""
+        eigenbases, is made anew where it is `due`: at the first step of a parameter, and then every so many; only then
+        need there be an objective. Returns what is to be preconditioned, where that is not the momentum but what the
+        rule has kept of the gradient."""
         ...
 
     def operator(self, state: State, block: Block, evidence: Evidence, damping: float | None) -> LinearOperator:

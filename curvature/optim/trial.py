@@ -17,13 +17,14 @@ from curvature.optim.block import Block
 
 @dataclass(frozen=True)
 class Move:
-    """What a step does to the parameters of a block: those that are `moved` go along -lr `direction` (n,).
+    """What a step does to the parameters of a block: those that are `moved` go along rate `direction` (n,).
 
     `views` are the states of the parameters, as the optimizer has them.
     """
 
     block: Block
     direction: Float[Tensor, " n"]
+    rate: float
     grad: Float[Tensor, " n"]
     moved: list[bool]
     group: dict[str, Any]
@@ -38,8 +39,13 @@ class Move:
         return [p for p, moves in zip(self.block.params, self.moved, strict=True) if moves]
 
     @property
-    def lr(self) -> float:
-        return float(self.group["lr"])
+    def step(self) -> Float[Tensor, " n"]:
+        return self.direction * self.rate
+
+    @property
+    def slope(self) -> float:
+        """The derivative of the loss along the direction."""
+        return float(self.grad.double() @ self.direction.double())
 
 
 class Model(NamedTuple):
@@ -52,7 +58,12 @@ class Model(NamedTuple):
 
 
 class Trial:
-    """A step not yet taken. `loss` is that before it; `take` goes there, as often as is asked, from where it began."""
+    """A step not yet taken, from where the weights decay to. `loss` is that before it; `take` goes there, as often as is
+    asked, from where it began.
+
+    Losses are those of the objective, where there is one, else of the closure, whose own first loss is not computed
+    again unless weights have decayed since.
+    """
 
     def __init__(
         self,
@@ -62,11 +73,22 @@ class Trial:
         placed: Callable[[], Objective] | None,
     ) -> None:
         self.moves, self._closure, self._placed = moves, closure, placed
-        self._loss, self._start = loss, None
+        self._loss = loss if placed is None else None
+        self._start: list[list[Tensor]] | None = None
+        self._decayed = False
+
+    def decay(self) -> None:
+        """Decay the weights, once, whatever becomes of the step: that is not made to lower the loss."""
+        for move in () if self._decayed else self.moves:
+            if amount := float(move.group["lr"]) * move.group["weight_decay"]:
+                torch._foreach_mul_(move.params, 1 - amount)
+                self._loss = None
+        self._decayed = True
 
     @property
     def loss(self) -> float:
         """The loss before the step."""
+        self.decay()
         if self._loss is None:
             self._loss = self.here()
         return float(self._loss)
@@ -74,51 +96,44 @@ class Trial:
     @property
     def slope(self) -> float:
         """The derivative of the loss along the step, which is negative where it descends."""
-        return -sum(m.lr * float(m.grad.double() @ m.direction.double()) for m in self.moves)
+        return sum(m.rate * m.slope for m in self.moves)
 
-    def model(
-        self, *others: Sequence[Tensor]
-    ) -> tuple[Float[Tensor, " k"], Float[Tensor, "k k"], Float[Tensor, "k k"]]:
-        """The slopes g.s, s.C s and s.s for the step and `others`, a vector for each move; C is the Gauss-Newton matrix
-        of the mini-batch."""
+    def model(self, *others: Sequence[Tensor]) -> Model:
+        """The quadratic model of the step and of `others`, a vector for each move, by the mini-batch: ask first, then it
+        is at the parameters that the gradient is of."""
         assert self._placed is not None
         objective = self._placed()
+        space = objective.space
         names = {id(p): name for name, p in objective.function.module.named_parameters()}
 
         def row(vectors: Sequence[Tensor]) -> Tensor:
             pieces = {name: torch.zeros_like(p) for name, p in objective.params.items()}
             for move, vector in zip(self.moves, vectors, strict=True):
                 for p, piece in zip(move.params, move.chosen(vector), strict=True):
-                    pieces[names[id(p)]] = piece.to(objective.space.dtype)
-            return objective.space.flatten(pieces.values())
+                    pieces[names[id(p)]] = piece.to(space.dtype)
+            return space.flatten(pieces.values())
 
-        rows = torch.stack([row(vectors) for vectors in (self.steps, *others)])
-        space = objective.space
+        rows = torch.stack([row(vectors) for vectors in ([m.step for m in self.moves], *others)])
         slopes = space.inner(row([m.grad for m in self.moves])[None], rows)[0]
         return Model(slopes, space.inner(rows, ggn(objective).apply(rows)), space.inner(rows, rows))
 
-    @property
-    def steps(self) -> list[Tensor]:
-        """The step, -lr times the direction of each move."""
-        return [m.direction * -m.lr for m in self.moves]
-
     def turned(self, steps: Sequence[Tensor]) -> None:
         """Make it another step."""
-        self.moves = [replace(m, direction=s / -m.lr) for m, s in zip(self.moves, steps, strict=True)]
+        self.moves = [replace(m, direction=s, rate=1.0) for m, s in zip(self.moves, steps, strict=True)]
 
     def take(self, scale: float = 1.0) -> None:
-        """Decay the weights, and go `scale` times along the step."""
+        """Go `scale` times along the step."""
+        self.decay()
         if self._start is not None:
             self.undo()
         for move in self.moves:
             params = move.params
-            if move.group["weight_decay"]:
-                torch._foreach_mul_(params, 1 - move.lr * move.group["weight_decay"])
             steps = [t.to(p.dtype) for t, p in zip(move.chosen(move.direction), params, strict=True)]
-            torch._foreach_add_(params, steps, alpha=-move.lr * scale)
+            torch._foreach_add_(params, steps, alpha=move.rate * scale)
 
     def tried(self, scale: float = 1.0) -> float:
         """Take the step, and return the loss there; `undo` goes back to the last bit."""
+        self.decay()
         if self._start is None:
             self._start = [[p.clone() for p in move.params] for move in self.moves]
         self.take(scale)
@@ -139,8 +154,9 @@ class Trial:
         grads = [p.grad for p in params]
         for p in params:
             p.grad = None  # so that the closure writes into others
-        with torch.enable_grad():
-            loss = float(self._closure())
-        for p, grad in zip(params, grads, strict=True):
-            p.grad = grad
-        return loss
+        try:
+            with torch.enable_grad():
+                return float(self._closure())
+        finally:
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad

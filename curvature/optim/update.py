@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -46,7 +47,7 @@ class Momentum:
             return vector
         m, fresh = state["momentum"].view(-1), 1 - self.beta if self.kind == "ema" else 1.0
         m.lerp_(vector, fresh) if self.kind == "ema" else m.mul_(self.beta).add_(vector)
-        ahead = m * self.beta + vector * fresh if self.nesterov else m
+        ahead = vector.mul(fresh).add_(m, alpha=self.beta) if self.nesterov else m
         if not self.corrected:
             return ahead
         return (ahead.view(len(step), -1) / (1 - self.beta**step).to(ahead.dtype)).view(-1)
@@ -89,6 +90,26 @@ class ClipNorm:
         rows = _rows(block, direction)
         lengths = rows.norm(dim=1, keepdim=True) / (rows.shape[1] ** 0.5 if self.mean else 1.0)
         return (rows * (self.limit / lengths.clamp(min=TINY)).clamp(max=1.0)).view(-1)
+
+
+@dataclass(frozen=True)
+class ClipKL:
+    """The direction d = P m is shortened until d . m <= limit, for P the inverse of a Fisher matrix: about twice the KL
+    divergence between the model and the model after d (Ba, Grosse & Martens 2017, section 3.3)."""
+
+    limit: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not self.limit > 0:
+            raise ValueError(f"The limit of a KL divergence is above 0, but got {self.limit}.")
+
+    def init(self, block: Block) -> State:
+        return {}
+
+    def __call__(self, state: State, block: Block, direction: Tensor, evidence: Evidence) -> Tensor:
+        rows = _rows(block, direction)
+        length = (rows * _rows(block, evidence.momentum)).sum(1, keepdim=True, dtype=torch.float64).abs()
+        return (rows * (self.limit / length.clamp(min=TINY)).sqrt().clamp(max=1.0).to(rows)).view(-1)
 
 
 @dataclass(frozen=True)

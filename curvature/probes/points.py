@@ -1,4 +1,4 @@
-"""The loss at many points of the parameter space: as many at once as is fast, in as few passes over the data.
+"""The loss at many points of the parameter space, in as few passes over the data and as few calls as is fast.
 
 No derivatives are asked for, so that any model will do; what is not finite is returned as it is.
 """
@@ -6,32 +6,27 @@ No derivatives are asked for, so that any model will do; what is not finite is r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvature.linalg.work import Work
 from curvature.objective.batches import leading
 from curvature.objective.losses import accuracy_of
 from curvature.objective.objective import Objective
 from curvature.objective.passes import Passes, Sums
-from curvature.operators.engine import SMALL, budget_of, vmapped
+from curvature.operators.engine import budget_of
+from curvature.probes.together import Program, Share, fastest, joined, one_by_one
 from curvature.progress import Run
 
 Norm = Literal["frozen", "recalibrated", "batch"]
-Program = Callable[[Tensor], Tensor]  # a point (n,) -> sums over the terms of a batch, (s,)
-Share = Callable[[Tensor], Tensor]  # points (k, n) -> (k, s), in float64
 
 AT_ONCE = 64  # points between two looks at who wants to stop, and between two records of a checkpoint
-TOGETHER = 8  # times as large as SMALL: the largest tensors of all points that are computed at once
 BLOCK = 1 << 26  # entries of points that are held at once: 256 MiB in float32
 
 
@@ -41,8 +36,8 @@ class Points:
 
     `norm` says what batch normalisation does away from the parameters: "frozen" keeps the statistics that the model has
     learned, "recalibrated" takes those of the objective's data, anew at every point, and "batch" those of each batch,
-    as in training. Points are computed together where tensors are so small that calls are what takes time.
-    Convolutions with several weights at once are slow: models with these go one point at a time.
+    as in training. Batches and points are computed together where tensors are so small that calls are what takes time
+    (curvature.probes.together).
     """
 
     def __init__(
@@ -55,8 +50,6 @@ class Points:
         self.others = [] if held_out is None else [self.objective.on(held_out)]
         self.recalibrated = norm == "recalibrated" and bool(_normalisations(objective))
         self.right = accuracy_of(objective.loss) if accuracy else None
-        budget = budget_of("auto", objective.space.device)
-        self._passes = [Passes(o, partial(self._share, o), budget=budget) for o in (self.objective, *self.others)]
 
     @property
     def names(self) -> list[str]:
@@ -69,20 +62,12 @@ class Points:
         space = self.objective.space
         rows = rows.to(space.device, space.dtype)
         if self.recalibrated:
-            return torch.cat([self.alone(row) for row in rows])
+            return torch.cat([self._at(row, [passes.objective for passes in self._passes]) for row in rows])
         return torch.cat([self._values(passes, rows) for passes in self._passes], dim=1)
 
     def alone(self, row: Float[Tensor, " n"]) -> Float[Tensor, "1 m"]:
         """Those at one point, computed as the value of the objective is."""
-        objectives = [self.objective, *self.others]
-        if self.recalibrated:
-            fresh = statistics(self.objective, row)
-            objectives = [replace(o, buffers={**o.buffers, **fresh}) for o in objectives]
-
-        def share(objective: Objective, index: int, batch: Any) -> Share:
-            return _one_by_one(self._program(objective, batch))
-
-        return torch.cat([self._values(Passes(o, partial(share, o)), row[None]) for o in objectives], dim=1)
+        return self._at(row, [self.objective, *self.others])
 
     def work(self, question: str, options: Mapping[str, Any], run: Run | None, seed: int | None = None) -> Work:
         """Work on a question that these values answer."""
@@ -111,6 +96,24 @@ class Points:
             found[some] = work.piece(lambda some=some: {"values": self(rows(some))})["values"].cpu()
             work.report(some.stop, len(found), unit="points")
 
+    @cached_property
+    def _passes(self) -> list[Passes]:
+        """Over the data of all objectives, for many points."""
+        budget = budget_of("auto", self.objective.space.device)
+        fewer = [joined(objective, self._program) for objective in (self.objective, *self.others)]
+        return [Passes(objective, partial(self._share, objective), budget=budget) for objective in fewer]
+
+    def _at(self, row: Float[Tensor, " n"], objectives: list[Objective]) -> Float[Tensor, "1 m"]:
+        """The values of these objectives at one point."""
+        if self.recalibrated:
+            fresh = statistics(self.objective, row)
+            objectives = [replace(o, buffers={**o.buffers, **fresh}) for o in objectives]
+
+        def share(objective: Objective, index: int, batch: Any) -> Share:
+            return one_by_one(objective, index, self._program(objective, batch))
+
+        return torch.cat([self._values(Passes(o, partial(share, o)), row[None]) for o in objectives], dim=1)
+
     def _values(self, passes: Passes, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k m"]:
         sums, terms = passes.total(lambda share: share(rows))
         loss = sums[:, 0] / terms + passes.objective.l2 / 2 * rows.double().square().sum(1)
@@ -130,35 +133,7 @@ class Points:
         return program
 
     def _share(self, objective: Objective, index: int, batch: Any) -> Share:
-        """The sums of a batch as a function of points; how it computes them is found out at the first one."""
-        program = self._program(objective, batch)
-        share: Share | None = None
-
-        def found(rows: Float[Tensor, "k n"]) -> Float[Tensor, "k s"]:
-            nonlocal share
-            share = share or _fastest(program, rows[0])
-            return share(rows)
-
-        return found
-
-
-def _fastest(program: Program, row: Float[Tensor, " n"]) -> Share:
-    """Many points at once where torch can, with the program as it is written or else without its autograd."""
-    with Sizes() as sizes:
-        program(row)
-    small = TOGETHER * SMALL.get(row.device.type, SMALL["other"])
-    together = 1 if sizes.convolutions else small // max(1, sizes.largest)
-    for make in (lambda: program, lambda: make_fx(program)(row)):
-        with suppress(Exception):  # what neither vmap nor the tracer can do goes point by point
-            if together > 1:
-                made = make()
-                vmapped(made, row[None], together, strict=True)
-                return lambda rows: vmapped(made, rows, together).detach().double()
-    return _one_by_one(program)
-
-
-def _one_by_one(program: Program) -> Share:
-    return lambda rows: torch.stack([program(row).detach().double() for row in rows])
+        return fastest(objective, index, self._program(objective, batch))
 
 
 def statistics(objective: Objective, row: Float[Tensor, " n"]) -> dict[str, Tensor]:
@@ -189,17 +164,3 @@ def _normalisations(objective: Objective) -> dict[str, float]:
         if isinstance(layer, _BatchNorm) and layer.track_running_stats
         for name in ("running_mean", "running_var")
     }
-
-
-class Sizes(TorchDispatchMode):
-    """Sees how many bytes the largest tensor has that is made, and whether there are convolutions."""
-
-    largest = 0
-    convolutions = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.convolutions |= "convolution" in str(func)
-        made = [t for t in (result if isinstance(result, tuple | list) else [result]) if isinstance(t, Tensor)]
-        self.largest = max([self.largest, *(t.numel() * t.element_size() for t in made)])
-        return result

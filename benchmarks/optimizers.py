@@ -1,0 +1,215 @@
+"""Optimizers: what a step costs, and the steps and seconds to the loss that a tuned AdamW ends with.
+
+    python benchmarks/optimizers.py [--only paces,training] [--tasks autoencoder,...] [--methods SOAP,...] [--quick]
+
+Writes benchmarks/results/optimizers_cpu.json, where what was not asked stays, and prints its tables; below them what
+was set out for, and whether it is reached. One thread; all times are those of the processor.
+
+    paces      a step over that of AdamW and over one gradient, and the bytes of state for each parameter, on ResNet-20
+               (32 pictures) and a transformer of 0.8 million parameters (8 x 128 characters). Gradients are those of
+               four parts of the batch, in turn, and not in the time of a step, unless it takes its own. All take ten
+               steps a round, in random order, after ten that are not timed; times, and ratios within a round, are
+               medians over the rounds
+    training   see `optimizer_tasks.py`. Everyone is tuned the same: five learning rates, two for each factor of ten,
+               with one seed, by the loss at the end; as long as the best is at an end of them, up to two more. Then the
+               best is run with other seeds, contenders in turn for each. All warm up over the first twentieth of the
+               steps, and then go down to zero in a straight line, but for those that decide on the length of their
+               steps: they have no schedule, and their first damping is tuned. What takes long takes fewer steps: a
+               `share` of the others'. AdamW is tuned twice, with beta2 = 0.999 and 0.95; the smaller median of the
+               last losses is the target of everyone. `steps` and `seconds` are those to the first measurement of at
+               most that, out of fifty; `times fewer` and `of the time` compare them, seed by seed, with the whole run
+               of that AdamW, and are infinite for runs that do not get there. Measuring the loss is not in the time
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import machine, rounded
+from optimizer_contenders import ALL, BASELINES, CONTENDERS, HEAVYBALL, OURS, TORCH
+from optimizer_paces import paces
+from optimizer_tasks import TASKS
+from optimizer_training import training
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+CPU = torch.device("cpu")
+PEERS = ("heavyball", "pytorch_optimizer")
+NETWORKS = ("resnet", "gpt")  # of the paces
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What was set out for: a figure of at least `least`."""
+
+    what: str
+    least: float
+    figure: float
+
+    @property
+    def met(self) -> bool:
+        return self.figure >= self.least
+
+
+def reached_in_training(rows: Rows) -> Iterator[Target]:
+    """Those that the rows of all tasks tell about."""
+    at = {(row["task"], row["method"]): row for row in rows if row["library"] in (OURS, TORCH) and "final" in row}
+    for task in ("autoencoder", "deeper"):
+        if found := at.get((task, "SOAP")):
+            yield Target(f"{task}, SOAP: times fewer steps than AdamW to where it ends", 4, found["times fewer"])
+            yield Target(f"{task}, SOAP: time of AdamW over its own to there", 1 / 0.6, 1 / found["of the time"])
+    for task in ("poisson-1d", "poisson-2d"):
+        for method in ("EGN", "EGN, Levenberg-Marquardt"):
+            adams = [at[task, c.method] for c in BASELINES[:2] if (task, c.method) in at]
+            if (found := at.get((task, method))) and adams:
+                adam = min(adams, key=lambda row: row["final"])
+                yield Target(f"{task}, {method}: error of AdamW over its own", 5, adam["judged"] / found["judged"])
+                yield Target(f"{task}, {method}: loss of AdamW over its own", 50, adam["final"] / found["final"])
+                longer = adam["whole seconds"] / found["whole seconds"]
+                yield Target(f"{task}, {method}: time of AdamW over its own", 1, longer)
+
+
+def reached_in_paces(rows: Rows) -> Iterator[Target]:
+    """Ours beside the best of the others, those that are made to be compiled left out."""
+    for own in rows:
+        if own["library"] != OURS or "ms" not in own:
+            continue
+        same = [r for r in rows if (r["problem"], r["method"]) == (own["problem"], own["method"]) and "ms" in r]
+        others = [r for r in same if r["library"] not in (OURS, HEAVYBALL)]
+        if others:
+            best = min(r["of AdamW"] for r in others)
+            what = f"{own['problem']}, {own['method']}:"
+            yield Target(f"{what} step of the best other over ours", 1, best / own["of AdamW"])
+            best = min(r["bytes a parameter"] for r in same if r is not own)
+            yield Target(f"{what} bytes of the best other over ours", 0.99, best / own["bytes a parameter"])
+
+
+# --- tables
+
+
+def table(title: str, rows: Rows, columns: dict[str, str]) -> Table:
+    """Of the columns, by their names in a row; what went wrong is the last."""
+    shown = Table(title=title, title_justify="left")
+    for name, heading in columns.items():
+        shown.add_column(heading, justify="left" if isinstance(rows[0].get(name), str) else "right")
+    shown.add_column("", max_width=40)
+    for row in rows:
+        shown.add_row(*(figure(row.get(name, "")) for name in columns), row.get("error", ""))
+    return shown
+
+
+def figure(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    if not isinstance(value, float):
+        return str(value)
+    if not math.isfinite(value):
+        return "never" if value > 0 else ""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+PACES = {
+    "method": "method",
+    "library": "library",
+    "ms": "ms",
+    "of AdamW": "of AdamW",
+    "of a gradient": "of a gradient",
+    "bytes a parameter": "bytes a parameter",
+}
+TRAINING = {
+    "method": "method",
+    "library": "library",
+    "final": "loss",
+    "least": "least",
+    "most": "most",
+    "judged": "",
+    "steps": "steps",
+    "seconds": "seconds",
+    "times fewer": "times fewer",
+    "of the time": "of the time",
+    "ms a step": "ms a step",
+    "whole seconds": "whole run, s",
+    "value": "value",
+    "at end": "at end",
+}
+
+
+def goals(reached: list[Target]) -> Table:
+    """What was set out for, and what was found."""
+    rows = [{"what": t.what, "least": t.least, "found": t.figure, "met": "yes" if t.met else "no"} for t in reached]
+    return table("set out for", rows, {"what": "what", "least": "at least", "found": "found", "met": "met"})
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PEERS:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="paces,training")
+    parser.add_argument("--tasks", default=",".join(ALL))
+    parser.add_argument("--methods", default=None, help="some of them; AdamW always is")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="a few steps: whether everything runs")
+    parser.add_argument("--out", type=Path, default=RESULTS / "optimizers_cpu.json")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    console = Console(width=190)
+    methods = args.methods.split(",") if args.methods else [c.method for c in CONTENDERS]
+    contenders = [c for c in CONTENDERS if c.method in methods or c in BASELINES]
+    report = json.loads(args.out.read_text()) if args.out.exists() else {}
+    facts = {"machine": machine(CPU) | {"peers": versions()}, "quick": args.quick}
+
+    def write(question: str, name: str, found: dict[str, Any]) -> None:
+        report.setdefault(question, {})[name] = rounded({**facts, **found})
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+    reached: list[Target] = []
+    for network in NETWORKS if "paces" in args.only.split(",") else ():
+        started = time.perf_counter()
+        rows = paces(network, contenders, args.quick, 1 if args.quick else args.rounds)
+        console.print(table(f"Paces, {network}", rows, PACES))
+        targets = list(reached_in_paces(rows))
+        found = {"rounds": args.rounds, "seconds": time.perf_counter() - started, "rows": rows}
+        write("paces", network, {**found, "targets": [asdict(t) | {"met": t.met} for t in targets]})
+        reached += targets
+    for name in args.tasks.split(",") if "training" in args.only.split(",") else ():
+        started = time.perf_counter()
+        rows, more = training(TASKS[name](), contenders, args.quick)
+        title = f"{name}: {more['parameters']:,} parameters, {more['steps']} steps, {more['seeds']} seeds"
+        title += f"; target {more['target']:.4g} of {more['standard']}; judged by {more['judged']}"
+        console.print(table(title, rows, TRAINING))
+        targets = list(reached_in_training(rows))
+        found = {**more, "seconds": time.perf_counter() - started, "rows": rows}
+        write("training", name, {**found, "targets": [asdict(t) | {"met": t.met} for t in targets]})
+        reached += targets
+    if reached:
+        console.print(goals(reached))
+
+
+if __name__ == "__main__":
+    main()

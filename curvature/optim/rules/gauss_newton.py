@@ -1,0 +1,79 @@
+"""EGN: steps by the exact inverse of the damped Gauss-Newton matrix of a mini-batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Unpack
+
+from torch import Tensor
+
+from curvature.linalg.inverse import inverse
+from curvature.linalg.operator import LinearOperator
+from curvature.operators.egn import egn
+from curvature.optim.block import Block, Grain
+from curvature.optim.evidence import Evidence
+from curvature.optim.optimizer import Options, Params, PreconditionedOptimizer
+from curvature.optim.preconditioner import Need, State
+from curvature.optim.update import Momentum
+
+
+@dataclass(frozen=True)
+class GaussNewton:
+    """(G + damping I)^-1 with the Gauss-Newton matrix G of the mini-batch alone, exact by Woodbury's identity."""
+
+    damping: float = 1.0
+    needs: ClassVar[frozenset[Need]] = frozenset({"objective"})
+    grain: ClassVar[Grain] = "model"
+
+    def __post_init__(self) -> None:
+        if not self.damping > 0:
+            raise ValueError(f"The damping is above 0, but got {self.damping}.")
+
+    @property
+    def every(self) -> int:
+        return 1
+
+    def refuses(self, block: Block) -> str | None:
+        return None
+
+    def init(self, block: Block) -> State:
+        return {}
+
+    def update(self, state: State, block: Block, evidence: Evidence, due: bool) -> None:
+        pass
+
+    def operator(self, state: State, block: Block, evidence: Evidence, damping: float | None) -> LinearOperator:
+        assert evidence.objective is not None
+        return inverse(egn(evidence.objective), damping=self.damping if damping is None else damping)
+
+
+class EGN(PreconditionedOptimizer):
+    """Gauss-Newton steps d = (G + damping I)^-1 g, exact for every mini-batch; averaged with `momentum`.
+
+    For losses that have a Gauss-Newton matrix, such as squared errors and cross-entropy, and batches of few outputs in
+    all, m: a step costs some backward passes and O(m^2 n + m^3), and needs the mini-batch,
+    `step(objective=Objective.of(model, loss, [batch]))`. Without a backward pass before, the gradient is that of the
+    objective. lr = 1 is the whole step, of the length that `damping` (in units of curvature of the mean loss) leaves
+    it; a learning rate of AdamW says nothing here. `control=LevenbergMarquardt()` adapts the damping from step to step,
+    and Armijo() the length. All parameters of a group are one system: give it those that move.
+
+    Korbit, Adeoye, Bemporad & Zanon 2024 (arXiv:2405.14402).
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1.0,
+        damping: float = 1.0,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            GaussNewton(damping),
+            momentum=Momentum(momentum, corrected=True, after=True),
+            weight_decay=weight_decay,
+            **options,
+        )
