@@ -128,7 +128,8 @@ def loop(problem: Problem, model: nn.Module, rows: Tensor, batches: Iterable[Any
     losses = []
     with torch.no_grad():
         for row in rows:
-            nn.utils.vector_to_parameters(row, model.parameters())
+            for parameter, piece in zip(model.parameters(), problem.objective.space.unflatten(row), strict=True):
+                parameter.copy_(piece)
             total, count = 0.0, 0
             for batch in batches:
                 total += problem.loss(model, tuple(batch)).item() * len(batch[0])

@@ -4,8 +4,8 @@ Those of other libraries are optional: `pip install --no-deps heavyball pytorch_
 Shampoo from the sources of facebookresearch/optimizers, anywhere on PYTHONPATH. heavyball wants to be compiled, which
 takes minutes for each optimizer; here it is not, and its times are not those that it is made for.
 
-Decompositions are made anew every 10 steps by all, PSGD is fitted at every step in part (a), as all do in the first
-hundreds, and its matrices have one dense factor, for the shorter side, or two where they are square. There is no weight
+Decompositions are made anew every 10 steps by all, PSGD is fitted at every step, as by all in their first hundreds,
+and has a dense factor for the shorter side of a matrix, or two where it is square. There is no weight
 decay. All else is as its authors have it.
 """
 
@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from curvature.optim.control import LevenbergMarquardt
 
@@ -45,13 +45,13 @@ def around(centre: float) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Contender:
-    """An optimizer of a library. `path` is its class, "module:name", which gets the parameters, what is tuned by the
-    name of `tuned`, and `kwargs`; or `make(class, model, value)` does it.
+    """An optimizer of a library. `path` is its class, "module:name", which gets the parameters, one of `values` for its
+    learning rate, and `kwargs`; or `make(class, model, value)` makes it, and it is another number that is tuned.
 
     `method` is the same for those that do the same. With `objective` a step takes the mini-batch, with `graph`
-    gradients that can be differentiated. `share` is how many steps of a task it makes, where one takes long; the
-    learning rate is `scheduled` where it does not find the length of its steps on its own. It is trained on `tasks`, of
-    which there may be none.
+    gradients that can be differentiated. What `solves` a system in each step makes fewer of them; the learning rate
+    is `scheduled` where it does not find the length of its steps on its own. It is trained on `tasks`, of which there
+    may be none.
     """
 
     method: str
@@ -62,9 +62,8 @@ class Contender:
     kwargs: dict[str, Any] = field(default_factory=dict)
     objective: bool = False
     graph: bool = False
-    share: float = 1.0
+    solves: bool = False
     scheduled: bool = True
-    tuned: str = "lr"
     make: Callable[[Any, nn.Module, float], Any] | None = None
 
     @property
@@ -92,7 +91,7 @@ class Contender:
         if self.make is not None:
             return self.make(self.kind(), model, value)
         params = model.named_parameters() if self.source == OURS else model.parameters()
-        return self.kind()(params, **{self.tuned: value}, **self.kwargs)
+        return self.kind()(params, lr=value, **self.kwargs)
 
 
 class Together:
@@ -118,7 +117,7 @@ class Together:
             part.step()
 
 
-def hidden(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+def hidden(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The weights of layers, and the other parameters: as Muon is to be used."""
     inside = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     matrices = [p for p in model.parameters() if id(p) in inside]
@@ -146,7 +145,6 @@ def meta(kind: Any, model: nn.Module, lr: float, *, config: str) -> Any:
         model.parameters(),
         lr=lr,
         betas=(0.9, 0.999) if graft else (0.95, 0.95),
-        epsilon=1e-12 if graft else 1e-8,
         precondition_frequency=EVERY,
         grafting_config=package.AdamPreconditionerConfig(beta2=0.999, epsilon=1e-8) if graft else None,
         preconditioner_config=getattr(package, config),
@@ -155,11 +153,6 @@ def meta(kind: Any, model: nn.Module, lr: float, *, config: str) -> Any:
 
 def damped(kind: Any, model: nn.Module, damping: float, **kwargs: Any) -> Any:
     return kind(model.named_parameters(), lr=1.0, damping=damping, **kwargs)
-
-
-def failure(error: Exception) -> str:
-    """What a contender failed with, in a line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:100]
 
 
 PLAIN = {"weight_decay": 0.0}
@@ -183,14 +176,14 @@ def asking(method: str, path: str, tasks: tuple[str, ...], values: tuple[float, 
 
 def solving(method: str, path: str, tasks: tuple[str, ...], make: Any, scheduled: bool = False) -> Any:
     """One of ours that solves a system in every step, the damping of which is tuned."""
-    return asking(method, path, tasks, WIDE, share=0.02, make=make, scheduled=scheduled)
+    return asking(method, path, tasks, WIDE, solves=True, make=make, scheduled=scheduled)
 
 
 def theirs(method: str, source: str, path: str, tasks: tuple[str, ...] = (), **more: Any) -> Contender:
     return Contender(method, source, path, around(3e-3), tasks, **more)
 
 
-SHAMPOO, CODE = "distributed_shampoo:DistributedShampoo", ("autoencoder",)
+SHAMPOO, FIRST = "distributed_shampoo:DistributedShampoo", NETWORKS[:1]
 BASELINES = [
     Contender("AdamW", TORCH, "torch.optim:AdamW", kwargs=FAST),
     Contender("AdamW, beta2 0.95", TORCH, "torch.optim:AdamW", kwargs={**FAST, "betas": (0.9, 0.95)}),
@@ -212,15 +205,15 @@ CONTENDERS = [
     asking("EKFAC", "kfac:EKFAC", NETWORKS[:2], around(3e-3)),
     solving("EGN", "gauss_newton:EGN", EQUATIONS + CONVEX, damped, scheduled=True),
     solving("EGN, Levenberg-Marquardt", "gauss_newton:EGN", EQUATIONS + CONVEX, LEVENBERG),
-    solving("Newton-CG, Levenberg-Marquardt", "newton_cg:NewtonCG", CODE + EQUATIONS + CONVEX, LEVENBERG),
+    solving("Newton-CG, Levenberg-Marquardt", "newton_cg:NewtonCG", FIRST + EQUATIONS + CONVEX, LEVENBERG),
     theirs("Muon", TORCH, "torch.optim:Muon", make=muon_of_torch),
     theirs("Muon", KOZISTR, "pytorch_optimizer:Muon", make=muon_of_kozistr),
     theirs("Muon", HEAVYBALL, "heavyball:Muon", kwargs=PLAIN),
-    theirs("Shampoo", META, SHAMPOO, CODE, make=partial(meta, config="DefaultShampooConfig")),
+    theirs("Shampoo", META, SHAMPOO, FIRST, make=partial(meta, config="DefaultShampooConfig")),
     theirs("Shampoo", KOZISTR, "pytorch_optimizer:ScalableShampoo", kwargs=ROOTS),
-    theirs("SOAP", META, SHAMPOO, CODE, make=partial(meta, config="DefaultSOAPConfig")),
-    theirs("SOAP", KOZISTR, "pytorch_optimizer:SOAP", CODE, kwargs=PEER),
-    theirs("SOAP", HEAVYBALL, "heavyball:SOAP", CODE, kwargs=PEER),
+    theirs("SOAP", META, SHAMPOO, FIRST, make=partial(meta, config="DefaultSOAPConfig")),
+    theirs("SOAP", KOZISTR, "pytorch_optimizer:SOAP", FIRST, kwargs=PEER),
+    theirs("SOAP", HEAVYBALL, "heavyball:SOAP", FIRST, kwargs=PEER),
     theirs("KL-Shampoo", HEAVYBALL, "heavyball:KLShampoo", kwargs=PEER),
     theirs("PSGD", KOZISTR, "pytorch_optimizer:Kron", kwargs={**ONE_DENSE, "pre_conditioner_update_probability": 1.0}),
     theirs("PSGD", HEAVYBALL, "heavyball:PSGDKron", kwargs={**ONE_DENSE, "preconditioner_update_probability": 1.0}),

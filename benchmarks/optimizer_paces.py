@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from measure import Clock
-from optimizer_contenders import BASELINES, EVERY, Contender, failure
+from operators import failure
+from optimizer_contenders import BASELINES, EVERY, Contender
 from problems import MeanCrossEntropy, Problem, problem_of
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,7 +29,7 @@ def paces(problem_name: str, contenders: Sequence[Contender], quick: bool, round
     problem = problem_of(problem_name, "quick" if quick else "cpu", CPU)
     racers, rows = [], []
     for contender in contenders:
-        if contender.share < 1:  # made for fewer parameters
+        if contender.solves:  # made for fewer parameters
             continue
         row = {"problem": problem_name, "method": contender.method, "library": contender.source}
         rows.append(row)

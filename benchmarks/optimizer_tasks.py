@@ -30,7 +30,7 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """A network, data for it, and how long it is trained.
+    """A network, data for it, and how long it is trained: by how many `steps`, and `few` that each solve a system.
 
     `measured` is what is called its loss: that on all training data, or on some of them, always the same, minus
     `least`, the smallest there is, where that is known. `judge` is another figure of a trained network. Where `batch`
@@ -44,6 +44,7 @@ class Task:
     measured: Batch
     batch: int | None
     steps: int
+    few: int
     judge: Callable[[nn.Module], float]
     judged: str
     least: float = 0.0
@@ -99,7 +100,7 @@ def autoencoder(name: str = "autoencoder", hidden: tuple[int, ...] = (32, 16, 8,
         return float(F.mse_loss(model(held_out), held_out).detach())
 
     pair = training, training
-    return Task(name, build, cv.SquaredError(), pair, pair, batch, 600, judge, "held-out loss")
+    return Task(name, build, cv.SquaredError(), pair, pair, batch, 600, 30, judge, "held-out loss")
 
 
 def deeper() -> Task:
@@ -116,7 +117,7 @@ def cnn() -> Task:
             guesses = model(pixels[TRAINING_DIGITS:]).argmax(-1)
         return float((guesses == labels[TRAINING_DIGITS:]).double().mean())
 
-    return Task("cnn", digits_cnn, cv.CrossEntropy(), training, some, 64, 200, judge, "held-out accuracy")
+    return Task("cnn", digits_cnn, cv.CrossEntropy(), training, some, 64, 200, 20, judge, "held-out accuracy")
 
 
 def gpt() -> Task:
@@ -129,7 +130,7 @@ def gpt() -> Task:
             return float(cross_entropy(model(held_out[0][::4]), held_out[1][::4]))
 
     loss = cv.CrossEntropy(axis=-1)
-    return Task("gpt", lambda: char_gpt(size), loss, training, some, 16, 200, judge, "held-out loss")
+    return Task("gpt", lambda: char_gpt(size), loss, training, some, 16, 200, 20, judge, "held-out loss")
 
 
 class Poisson(nn.Module):
@@ -155,7 +156,7 @@ def edge(points: Tensor) -> Tensor:
     return ((points == 0) | (points == 1)).any(1)
 
 
-def poisson(name: str, waves: tuple[int, ...], side: int, hidden: tuple[int, ...], steps: int) -> Task:
+def poisson(name: str, waves: tuple[int, ...], side: int, hidden: tuple[int, ...], steps: tuple[int, int]) -> Task:
     """u is the sum over `waves` k of prod_i sin(k pi x_i) / k, in as many dimensions as the name says."""
     dimensions = int(name[-2])
     axis = torch.linspace(0, 1, side, dtype=torch.float64)
@@ -181,15 +182,15 @@ def poisson(name: str, waves: tuple[int, ...], side: int, hidden: tuple[int, ...
         with torch.no_grad():
             return float((model.u(probes)[:, 0] - truth).norm() / truth.norm())
 
-    return Task(name, build, cv.SquaredError(), pair, pair, None, steps, judge, "relative L2 error of u")
+    return Task(name, build, cv.SquaredError(), pair, pair, None, *steps, judge, "relative L2 error of u")
 
 
 def poisson_1d() -> Task:
-    return poisson("poisson-1d", (1,), 102, (32, 32), 4000)
+    return poisson("poisson-1d", (1,), 102, (32, 32), (4000, 80))
 
 
 def poisson_2d() -> Task:
-    return poisson("poisson-2d", (1,), 13, (64,), 2000)
+    return poisson("poisson-2d", (1,), 13, (64,), (3000, 33))
 
 
 def logistic(rotated: bool = False) -> Task:
@@ -210,7 +211,7 @@ def logistic(rotated: bool = False) -> Task:
         return float(sum(g.square().sum() for g in grads)) ** 0.5
 
     name = "rotated" if rotated else "logistic"
-    task = Task(name, build, cv.BinaryCrossEntropy(), pair, pair, None, 1000, judge, "gradient norm")
+    task = Task(name, build, cv.BinaryCrossEntropy(), pair, pair, None, 1000, 40, judge, "gradient norm")
     return replace(task, least=smallest(draws, labels))
 
 

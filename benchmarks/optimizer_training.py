@@ -6,14 +6,15 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
-from optimizer_contenders import BASELINES, ROOT, Contender, failure
+from operators import failure
+from optimizer_contenders import BASELINES, ROOT, Contender
 from optimizer_tasks import Task
 
-POINTS = 50  # measurements of the loss in a run
+POINTS = 100  # measurements of the loss in a run
 WARM = 0.05  # of the steps
 SEEDS = {"cnn": 3, "gpt": 3, "poisson-1d": 3, "poisson-2d": 3}  # else 5
 LONGER = 3  # values beyond the first five
@@ -45,11 +46,11 @@ class Run:
         return math.inf, math.inf
 
 
-def trained(task: Task, contender: Contender, value: float, seed: int, steps: int) -> Run:
+def trained(task: Task, contender: Contender, value: float, seed: int) -> Run:
     """One run; what a contender fails with is in it."""
     run, seconds = Run(), 0.0
     model = task.model(seed)
-    length = max(2, round(steps * contender.share))
+    length = task.few if contender.solves else task.steps
     every = math.ceil(length / POINTS)
     start = task.distance(model)
     try:
@@ -101,13 +102,13 @@ class Tuning:
         return self.best in (min(self.tried), max(self.tried))
 
 
-def tuned(task: Task, contender: Contender, steps: int, quick: bool) -> Tuning:
+def tuned(task: Task, contender: Contender, quick: bool) -> Tuning:
     tried: dict[float, float] = {}
     errors: dict[float, str] = {}
     started = time.process_time()
 
     def attempt(value: float) -> None:
-        run = trained(task, contender, value, 0, steps)
+        run = trained(task, contender, value, 0)
         tried[value] = run.final
         if run.error:
             errors[value] = run.error
@@ -126,18 +127,19 @@ def tuned(task: Task, contender: Contender, steps: int, quick: bool) -> Tuning:
 
 def training(task: Task, contenders: Sequence[Contender], quick: bool) -> tuple[Rows, dict[str, Any]]:
     """The rows of a task, and its facts."""
-    steps, seeds = (5, 1) if quick else (task.steps, SEEDS.get(task.name, 5))
+    task = replace(task, steps=5, few=2) if quick else task
+    seeds = 1 if quick else SEEDS.get(task.name, 5)
     here = [c for c in contenders if task.name in c.tasks and not c.missing]
     tunings: dict[str, Tuning] = {}
     for contender in here:
-        tunings[contender.name] = tuned(task, contender, steps, quick)
+        tunings[contender.name] = tuned(task, contender, quick)
         note(task, contender, tunings[contender.name])
     runs: dict[str, list[Run]] = {contender.name: [] for contender in here}
     for seed in range(1, seeds + 1):
         order = [c for c in here if math.isfinite(tunings[c.name].tried[tunings[c.name].best])]
         random.Random(seed).shuffle(order)
         for contender in order:
-            runs[contender.name].append(trained(task, contender, tunings[contender.name].best, seed, steps))
+            runs[contender.name].append(trained(task, contender, tunings[contender.name].best, seed))
     finals = {c.name: median(run.final for run in runs[c.name]) for c in BASELINES[:2]}
     standard = min(finals, key=finals.__getitem__)
     target = finals[standard]
@@ -154,7 +156,8 @@ def training(task: Task, contenders: Sequence[Contender], quick: bool) -> tuple[
     facts = {
         "task": task.name,
         "parameters": sum(p.numel() for p in task.model(0).parameters()),
-        "steps": steps,
+        "steps": task.steps,
+        "few": task.few,
         "batch": task.batch or "all",
         "seeds": seeds,
         "standard": standard,

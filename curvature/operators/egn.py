@@ -173,7 +173,7 @@ def _kept(seen: Layerwise, m: int) -> tuple[dict[str, int], set[str]]:
                     found[layer.name] = (inputs.values.numel(), inputs.values.shape[1])
         return found
 
-    found = Passes(seen.objective, Batch).each(sizes)
+    found = Passes(seen.objective, Batch).each(sizes) if seen.layers else []
     kept, compact = {}, set()
     for layer in seen.layers:
         groups, out, inner = layer.arranged(seen.objective.params).shape

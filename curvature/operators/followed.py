@@ -6,6 +6,7 @@ themselves in it, is seen in what comes back through every batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -115,6 +116,8 @@ class Evidence:
         expected = layer.arranged(self.parameters)
         if inputs is None:
             return NEVER if expected.any() else None
+        if not math.isfinite(norm(expected)):  # which tells nothing of the layer
+            return None
         together, scaled = (self.recorded.cotangents(layer, found) for found in (self.together, self.scaled))
         del self.scaled[layer.name]  # as large as what the layer returned
         if inputs.values.shape[:2] != scaled.shape[:2]:

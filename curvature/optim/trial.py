@@ -91,7 +91,7 @@ class Trial:
         self.decay()
         if self._loss is None:
             self._loss = self.here()
-        return float(self._loss)
+        return _number(self._loss)
 
     @property
     def slope(self) -> float:
@@ -156,7 +156,11 @@ class Trial:
             p.grad = None  # so that the closure writes into others
         try:
             with torch.enable_grad():
-                return float(self._closure())
+                return _number(self._closure())
         finally:
             for p, grad in zip(params, grads, strict=True):
                 p.grad = grad
+
+
+def _number(loss: Any) -> float:
+    return float(loss.detach() if isinstance(loss, Tensor) else loss)

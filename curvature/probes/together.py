@@ -33,7 +33,7 @@ Share = Callable[[Tensor], Tensor]  # points (k, n) -> (k, s), in float64
 Programs = Callable[[Objective, Any], Program]  # of a batch
 
 TOGETHER = 4  # times as large as SMALL: the largest tensors of batches made one, and of points together
-PATIENCE = 256  # points one by one until their operations are traced, which takes as long as some 5, and 100 at first
+PATIENCE = 1024  # points one by one until their operations are traced: by then their layers took as long as tracing
 
 
 def joined(objective: Objective, programs: Programs) -> Objective:

@@ -59,7 +59,7 @@ def tiled(shape: tuple[int, ...], longest: int, stack: int = 2, whole: frozenset
 @pytest.mark.parametrize("shape", [(5, 7), (3, 5, 4), (7,)])
 def test_tiles_are_as_equal_as_can_be_and_cover_every_entry_once(shape, whole):
     tiling = Tiling(shape, 3, whole)
-    X = torch.arange(2 * torch.Size(shape).numel()).view(2, *shape)
+    X = torch.arange(2.0 * torch.Size(shape).numel()).view(2, *shape)
     pieces = tiling.cut(X)
     for axis in range(len(shape)):
         sizes = {tiling.sizes(region)[axis] for region in tiling.regions}

@@ -211,9 +211,9 @@ class KFAC(PreconditionedOptimizer):
     """Natural gradient with a Kronecker-factored Fisher matrix: (F + damping I)^-1 m for the average m of gradients.
 
     `match` says what `lr` means. With "adam" the direction is as long as that of AdamW, over the whole model, so that
-    its learning rate and decay carry over. With "kl" it is shortened until d . m, about twice the KL divergence between
-    the model and the model after d, is at most `kl`: lr is then near 1, and a step changes the model by lr^2 kl / 2 at
-    most. With "none", as for a step `control`, it is as it comes: lr = 1 is a Newton step.
+    its learning rate and decay carry over. With "kl" it is shortened until d . (F + damping I) d, about twice the KL
+    divergence between the model and the model after d, is at most `kl`: a step changes the model by lr^2 kl / 2 at
+    most, and lr is near 1. With "none", as for a step `control`, it is as it comes: lr = 1 is a Newton step.
 
     Every `collect` steps it needs the mini-batch, `step(objective=Objective.of(model, loss, [batch]))`, which goes
     through the model once more; `fisher` and `sharing` are as in `kfac`. Factors are decomposed every `every` steps.

@@ -156,9 +156,10 @@ class Shampoo(PreconditionedOptimizer):
     """Momentum times inverse roots of second moments along every axis of a parameter, as long as a step of Adam is.
 
     Vectors are left to AdamW. `graft` is the rule that gives the length of the update of each parameter: with that of
-    Adam, learning rates and weight decay of AdamW carry over; with None they are those of Shampoo alone. All else is
-    told by KroneckerRoots; a refresh costs about 20 d^3 operations for every axis of d places, and memory two matrices
-    of d^2 entries, three with "qr".
+    Adam, learning rates and weight decay of AdamW carry over; with None they are those of Shampoo alone. Memory is two
+    matrices of d^2 entries for every axis of d places, three with "qr", beside what Adam has. On a CPU "eigh" is the
+    fastest; "newton" takes ten times as long there, and is for devices that are slow at all but products. See
+    KroneckerRoots for the rest.
 
     Gupta, Koren & Singer 2018 (arXiv:1802.09568); Agarwal et al. 2020 (arXiv:2002.11803); Shi et al. 2023
     (arXiv:2309.06497).
