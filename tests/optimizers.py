@@ -223,7 +223,7 @@ CASES = [
     OptimizerCase(
         KFAC,
         1.0,
-        {"every": 1, "match": "none", "momentum": 0.0, "damping": 1e-1, "control": QuadraticModel()},
+        {"match": "none", "momentum": 0.0, "weight_decay": 0.0, "damping": 1.0, "control": QuadraticModel()},
         objective=True,
         name="KFAC by a quadratic model",
         skips=LOWERS,

@@ -58,8 +58,8 @@ class Model(NamedTuple):
 
 
 class Trial:
-    """A step not yet taken, from where the weights decay to. `loss` is that before it; `take` goes there, as often as is
-    asked, from where it began.
+    """A step not yet taken, from where the weights decay to. `loss` is that before it; `take` goes there, as often as
+    is asked, from where it began.
 
     Losses are those of the objective, where there is one, else of the closure, whose own first loss is not computed
     again unless weights have decayed since.
@@ -99,8 +99,8 @@ class Trial:
         return sum(m.rate * m.slope for m in self.moves)
 
     def model(self, *others: Sequence[Tensor]) -> Model:
-        """The quadratic model of the step and of `others`, a vector for each move, by the mini-batch: ask first, then it
-        is at the parameters that the gradient is of."""
+        """The quadratic model of the step and of `others`, a vector for each move, by the mini-batch: ask first, then
+        it is at the parameters that the gradient is of."""
         assert self._placed is not None
         objective = self._placed()
         space = objective.space

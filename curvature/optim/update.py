@@ -94,8 +94,8 @@ class ClipNorm:
 
 @dataclass(frozen=True)
 class ClipKL:
-    """The direction d = P m is shortened until d . P^-1 d <= limit: for P the inverse of a Fisher matrix about twice the
-    KL divergence between the model and the model after d (Ba, Grosse & Martens 2017)."""
+    """The direction d = P m is shortened until d . P^-1 d <= limit: for P the inverse of a Fisher matrix about twice
+    the KL divergence between the model and the model after d (Ba, Grosse & Martens 2017)."""
 
     limit: float = 1e-3
 

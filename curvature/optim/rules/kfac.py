@@ -213,7 +213,8 @@ class KFAC(PreconditionedOptimizer):
     `match` says what `lr` means. With "adam" the direction is as long as that of AdamW, over the whole model, so that
     its learning rate and decay carry over. With "kl" it is shortened until d . (F + damping I) d, about twice the KL
     divergence between the model and the model after d, is at most `kl`: a step changes the model by lr^2 kl / 2 at
-    most, and lr is near 1. With "none", as for a step `control`, it is as it comes: lr = 1 is a Newton step.
+    most, and lr is near 1. With "none", as for a step `control`, it is as it comes: lr = 1 is a Newton step. Weights
+    decay by lr times `weight_decay`: give less for an lr near 1.
 
     Every `collect` steps it needs the mini-batch, `step(objective=Objective.of(model, loss, [batch]))`, which goes
     through the model once more; `fisher` and `sharing` are as in `kfac`. Factors are decomposed every `every` steps.
