@@ -1,5 +1,6 @@
 """Curvature of the loss of PyTorch models: operators, spectra, traces and eigenvalues with honest error bars."""
 
+from curvature import optim as optim
 from curvature.assets import demo as demo
 from curvature.errors import BadFile as BadFile
 from curvature.errors import BadObjective as BadObjective

@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_python_in_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     scope: dict[str, object] = {}
     for block in blocks:
         exec(block, scope)
@@ -34,6 +34,7 @@ def test_every_public_name_is_in_the_readme():
         "objective",
         "operators",
         "plots",
+        "optim",
         "probes",
         "progress",
         "result",
