@@ -318,7 +318,7 @@ class Sometimes(nn.Module):
 @pytest.mark.parametrize("first", [True, False])
 def test_layers_may_come_and_go(kind, first):
     """One that was not called at first has a diagonal, and statistics when it is called."""
-    net, batch = Sometimes().double(), data((3, 3), "mse")
+    net, batch = Sometimes(), tuple(part.float() for part in data((3, 3), "mse"))
     optimizer = kind(net.named_parameters(), fisher="type-2", damping=1e-2)
     for step in range(6):
         net.used = (step % 2 == 0) is first
@@ -326,6 +326,26 @@ def test_layers_may_come_and_go(kind, first):
         stepped(optimizer, net, "mse", batch)
         moved = float((net.also.weight.detach() - before).norm())
         assert moved < 0.1 and (moved > 0 or not net.used)
+
+
+def test_a_layer_that_is_used_outside_is_found_out_once():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last((self.first(x) @ self.first.weight).tanh())
+
+    torch.manual_seed(0)
+    net, batch = Twice().double(), data((3, 2), "mse")
+    objective = cv.Objective.of(net, "mse", [batch])
+    before = cv.kfac(objective, fisher="type-2").dense()
+    assert set(objective.check().altered) == {"first"}
+    torch.testing.assert_close(cv.kfac(objective, fisher="type-2").dense(), before, rtol=0, atol=0)
+    optimizer = KFAC(net.named_parameters(), 0.0, fisher="type-2")
+    stepped(optimizer, net, "mse", batch)
+    assert {"block.first.weight.square", "block.last.left"} <= optimizer.state[net.first.weight].keys()
 
 
 def test_damping_may_be_adapted():

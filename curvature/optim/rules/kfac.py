@@ -119,7 +119,7 @@ def _average(state: State, fresh: State, weight: float) -> None:
     """Take tensors into their averages, which begin with the first."""
     for name, tensor in fresh.items():
         if name in state:
-            state[name].lerp_(tensor, weight)
+            state[name].lerp_(tensor.to(state[name]), weight)
         else:
             state[name] = tensor.clone()
 
