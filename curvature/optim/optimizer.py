@@ -90,8 +90,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         self.finish, self.fallback = tuple(finish), fallback
         self.roles: dict[str, Role] = dict(roles or {})
         self.seed = seed
-        self._slabs: list[Slab] | None = None
-        self._observed: Objective | None = None
+        self._slabs: list[Slab] = []  # this and the next change in place: Lightning's wrapper has the same lists
+        self._observed: list[Objective] = []
         self._checked: list[Any] = []  # what the check of the first objective found: the model is the same
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "momentum": momentum.beta, "taken": 0}
         defaults |= {"fallback_momentum": 0.9} | {"fallback_" + name: v for name, v in _numbers(fallback).items()}
@@ -103,12 +103,12 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         _check_group(self.param_groups[-1])
-        self._slabs = None
+        self._slabs.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy takes along: torch alone would leave out what is not in the state."""
         kept = {name: value for name, value in self.__dict__.items() if name in OWN}
-        return {**super().__getstate__(), **kept, "_slabs": None, "_observed": None, "_checked": []}
+        return {**super().__getstate__(), **kept, "_slabs": [], "_observed": [], "_checked": []}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of every optimizer; tensors keep their own dtype, where torch would give them that of the parameters."""
@@ -119,7 +119,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             if index in state_dict["state"]:
                 tensors = state_dict["state"][index]
                 self.state[p] = {name: t.to(p.device, copy=True) for name, t in tensors.items()}
-        self._slabs = None
+        self._slabs.clear()
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, closure: Callable[[], Any] | None = None, *, objective: Objective | None = None
@@ -129,12 +129,12 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         `objective` is the mini-batch of this step as a function of the parameters, wherever it was made: rules that
         need more than the gradient ask it. Raises NeedsEvidence where it, or a closure, is needed and missing.
         """
-        objective = self._observed if objective is None else objective
-        self._observed = None
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if objective is None and self._observed:
+            objective = self._observed[0]
         self._need_evidence(closure, objective)
         with torch.no_grad():
             moves = [m for slab in self.slabs for m in self._moves(slab, objective)]
@@ -144,19 +144,23 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             trial = Trial(moves, loss, closure, placed)
             self.control.settle(self.param_groups[0], trial)
             trial.decay()
+        self._observed.clear()
         return loss
 
     def observe(self, objective: Objective) -> None:
-        """The mini-batch of the next step, for loops that call a bare `step()`."""
-        self._observed = objective
+        """The mini-batch of the next step, for loops that call `step` without one; the closure of the step may do so.
+
+        Of several before one step the last counts, as that of the last part where gradients are accumulated.
+        """
+        self._observed[:] = [objective]
 
     # What it is
 
     @property
     def slabs(self) -> list[Slab]:
         """The blocks of all groups, each with the rule that takes it."""
-        if self._slabs is None:
-            self._slabs = [slab for group in self.param_groups for slab in self._partition(group)]
+        if not self._slabs:
+            self._slabs.extend([slab for group in self.param_groups for slab in self._partition(group)])
         return self._slabs
 
     @property
