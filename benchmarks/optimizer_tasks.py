@@ -69,7 +69,7 @@ class Task:
     def distance(self, model: nn.Module) -> float:
         """The measured loss."""
         with torch.no_grad():
-            return max(0.0, float(self.mean_loss(model, self.measured)) - self.least)
+            return float((self.mean_loss(model, self.measured) - self.least).clamp(min=0))
 
     def objective(self, model: nn.Module, batch: Batch) -> cv.Objective:
         """The mini-batch for optimizers that ask more of it than a gradient."""
