@@ -23,6 +23,7 @@ from curvature.linalg.space import Space
 from curvature.linalg.work import Record, Work
 from curvature.objective.batches import digest
 from curvature.objective.objective import Objective
+from curvature.objective.work import work_on
 from curvature.operators.engine import need_objective
 from curvature.operators.hessian import hessian
 from curvature.progress import Run
@@ -162,7 +163,7 @@ def gradient_lipschitz_along(objective: Objective, rows: Float[Tensor, "p n"], *
     if rows.ndim != 2 or rows.shape[1] != space.size or len(rows) < 2:
         raise ValueError(f"Expected two points (p, {space.size}) at least, but got {tuple(rows.shape)}.")
     rows = rows.detach().to(space.device, space.dtype)
-    work = _work("gradient_lipschitz_along", objective, {"rows": digest(rows)}, None, run)
+    work = work_on(objective, "gradient_lipschitz_along", options={"rows": digest(rows)}, run=run)
 
     def gradients() -> Iterator[Tensor]:
         for done, row in enumerate(rows, 1):
@@ -192,7 +193,8 @@ def _around(
     space, position = objective.space, objective.position
     apart = NEAR * radius if distance is None else distance
     _check(objective, radius, apart, pairs, steps)
-    work = _work(question, objective, {"radius": radius, "distance": apart, "pairs": pairs, "steps": steps}, seed, run)
+    options = {"radius": radius, "distance": apart, "pairs": pairs, "steps": steps}
+    work = work_on(objective, question, options=options, seed=seed, run=run)
     # all but two entries of a point of the unit sphere are uniform in the ball, those of a whole one on the sphere
     draws = Space(space.size + 2, space.dtype, space.device).draws(seed=seed, kind="sphere")
 
@@ -257,19 +259,6 @@ def _ratio(space: Space, u: Float[Tensor, " n"], v: Float[Tensor, " n"], change:
     # of the points as they were rounded, not as they were meant
     distance = (v.double() - u.double()).norm()
     return {"ratio": change.norm / distance, "noise": change.noise / distance}
-
-
-def _work(question: str, objective: Objective, options: dict[str, object], seed: int | None, run: Run | None) -> Work:
-    space = objective.space
-    return Work(
-        question,
-        options=options,
-        seed=seed,
-        run=run,
-        described=lambda: {"operator": question, **objective.facts, "shape": [space.size, space.size]},
-        meters=lambda: [objective.meter],
-        device=space.device,
-    )
 
 
 def _check(objective: Objective, radius: float, apart: float, pairs: int, steps: int) -> None:

@@ -20,6 +20,7 @@ from curvature.objective.batches import leading
 from curvature.objective.losses import accuracy_of
 from curvature.objective.objective import Objective
 from curvature.objective.passes import Passes, Sums
+from curvature.objective.work import work_on
 from curvature.operators.engine import budget_of
 from curvature.probes.together import Program, Share, fastest, joined, one_by_one
 from curvature.progress import Run
@@ -71,18 +72,9 @@ class Points:
 
     def work(self, question: str, options: Mapping[str, Any], run: Run | None, seed: int | None = None) -> Work:
         """Work on a question that these values answer."""
-        asked, space = [self.objective, *self.others], self.objective.space
         others = [other.fingerprint["data"] for other in self.others]
         own = {"norm": self.norm, "accuracy": self.right is not None, "held_out": others}
-        return Work(
-            question,
-            options={**options, **own},
-            seed=seed,
-            run=run,
-            described=lambda: {"operator": question, **self.objective.facts, "shape": [space.size, space.size]},
-            meters=lambda: [objective.meter for objective in asked],
-            device=space.device,
-        )
+        return work_on(self.objective, question, options={**options, **own}, seed=seed, run=run, others=self.others)
 
     def nothing(self, count: int) -> Float[Tensor, "count m"]:
         """Room for the values at so many points, not-a-number until `fill` comes."""

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvature.linalg.work import Work
 from curvature.objective.batches import digest
 from curvature.objective.objective import Objective
+from curvature.objective.work import work_on
 from curvature.operators.engine import need_objective
 from curvature.probes.directions import positions
 from curvature.result import Result
@@ -73,15 +73,7 @@ def trajectory(
     _check(rows, times, count, about, momentum)
     space = objective.space
     options = {"count": count, "about": about, "steps": times.tolist(), "momentum": momentum, "rows": digest(rows)}
-    work = Work(
-        "trajectory",
-        options=options,
-        seed=None,
-        run=None,
-        described=lambda: {"operator": "trajectory", **objective.facts, "shape": [space.size, space.size]},
-        meters=lambda: [objective.meter],
-        device=space.device,
-    )
+    work = work_on(objective, "trajectory", options=options)
     centre = rows[-1] if about == "end" else rows.double().mean(0).to(rows.dtype)
     away = rows - centre
     values, vectors = torch.linalg.eigh(space.inner(away, away).double())
