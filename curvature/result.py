@@ -73,6 +73,31 @@ def versions() -> dict[str, str]:
     }
 
 
+@dataclass(frozen=True)
+class Quantity:
+    """A number of a result with its error: `stderr` is its standard error with `dof` degrees of freedom, 0 where nothing
+    is random; `bound` is of what no repetition shows, such as the residual of an eigenvalue."""
+
+    value: float
+    stderr: float = 0.0
+    dof: float = math.inf
+    bound: float = 0.0
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """The confidence interval at `level`, by Student's t, and the bound on either side."""
+        half = self.bound + (self.stderr * student_quantile(level, self.dof) if self.stderr else 0.0)
+        return self.value - half, self.value + half
+
+    def __str__(self) -> str:
+        error = (with_error(self.value, self.stderr),) if self.stderr else (f"{self.value:.6g}",)
+        return " ".join([*error, *([f"(within {self.bound:.1e})"] if self.bound else [])])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One of several alike that a result lists: plain values, saved and loaded with it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """Frozen values, their cost and their origin; `complete` is false when the measurement was interrupted."""
@@ -83,6 +108,11 @@ class Result:
 
     def summary(self) -> dict[str, str]:
         """Label -> text: what a person wants to read first. Tables and the notebook view are made of it."""
+        return {}
+
+    def quantities(self) -> dict[str, Quantity]:
+        """The numbers that a result comes down to, by the names of the field, each with its error: what gates and
+        comparisons look at. Empty where there are none."""
         return {}
 
     def to_dict(self) -> dict[str, Any]:
@@ -211,6 +241,16 @@ class Estimate(Result):
             **({} if self.converged is None else {"tolerance": "reached" if self.converged else "not reached"}),
         }
 
+    def quantities(self) -> dict[str, Quantity]:
+        if self.value.ndim == 0:
+            return {self.origin.question: self._quantity(())}
+        return {name: self._quantity((i,)) for i, name in enumerate(self.names)}
+
+    def _quantity(self, place: tuple[int, ...]) -> Quantity:
+        columns = (self.value, self.stderr, torch.as_tensor(self.floor))
+        value, stderr, floor = (float(column.expand_as(self.value)[place]) for column in columns)
+        return Quantity(value, stderr, self.dof, floor)
+
     def __float__(self) -> float:
         return float(self.value)
 
@@ -223,6 +263,8 @@ def student_quantile(level: float, dof: float) -> float:
 
     if dof == 0:
         return 0.0
+    if dof == math.inf:
+        return float(scipy.special.ndtri(0.5 + level / 2))
     return float(scipy.special.stdtrit(dof, 0.5 + level / 2)) if dof >= 1 else math.inf
 
 
@@ -248,9 +290,11 @@ def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 def _restored(written: Any, arrays: Mapping[str, Tensor], name: str) -> Any:
     """The result that `_plain` and `_tensors` have told."""
-    classes: dict[str, Any] = {c.__name__: c for c in _subclasses(Result)}
-    values: dict[str, Any] = {"cost": Cost(**written["cost"]), "origin": Origin(**written["origin"])}
+    classes: dict[str, Any] = {c.__name__: c for kind in (Result, Part) for c in _subclasses(kind)}
     made = classes[written["kind"]]
+    values: dict[str, Any] = {}
+    if issubclass(made, Result):
+        values = {"cost": Cost(**written["cost"]), "origin": Origin(**written["origin"])}
     for f in fields(made):
         path, value = _path(name, f.name), written[f.name]
         if path in arrays:
@@ -267,7 +311,7 @@ def _path(name: str, last: str | int) -> str:
     return f"{name}.{last}" if name else str(last)
 
 
-def _subclasses(cls: type[Result]) -> Iterator[type[Result]]:
+def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
     for child in cls.__subclasses__():
         yield child
         yield from _subclasses(child)
@@ -279,8 +323,8 @@ def _plain(value: Any, name: str) -> Any:
         if value.numel() <= LISTED:
             return _plain(value.tolist(), name)
         return {"array": name, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-    if isinstance(value, Cost | Origin | Result):
-        kind = {"kind": type(value).__name__} if isinstance(value, Result) else {}
+    if isinstance(value, Cost | Origin | Result | Part):
+        kind = {"kind": type(value).__name__} if isinstance(value, Result | Part) else {}
         return kind | {f.name: _plain(getattr(value, f.name), _path(name, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): _plain(item, name) for key, item in value.items()}
