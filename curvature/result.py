@@ -75,8 +75,8 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number of a result with its error: `stderr` is its standard error with `dof` degrees of freedom, 0 where nothing
-    is random; `bound` is of what no repetition shows, such as the residual of an eigenvalue."""
+    """A number of a result with its error: `stderr` is its standard error with `dof` degrees of freedom, 0 where
+    nothing is random; `bound` is of what no repetition shows, such as the residual of an eigenvalue."""
 
     value: float
     stderr: float = 0.0

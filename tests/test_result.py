@@ -16,7 +16,7 @@ from matrices import Stopping, free, linspace, rotated, tensor
 from objectives import zoo
 
 import curvature as cv
-from curvature.result import LISTED, SCHEMA, student_quantile, versions, with_error
+from curvature.result import LISTED, SCHEMA, Quantity, student_quantile, versions, with_error
 
 MATRIX = rotated(torch.cat([tensor(9, 8.9, -4), linspace(-1, 1, 57)]))
 
@@ -335,6 +335,64 @@ def test_a_floor_for_every_entry():
 def test_a_level_that_is_not_between_zero_and_one_is_refused(level):
     with pytest.raises(ValueError, match=f"A confidence level lies between 0 and 1, but got {level}."):
         estimate(1, 1).interval(level)
+
+
+# --------------------------------------------------------------------------------------------- quantities
+
+
+@EVERY
+def test_quantities_are_numbers_with_errors_by_name(make):
+    for name, quantity in make().quantities().items():
+        assert name and quantity.stderr >= 0 and quantity.bound >= 0 and quantity.dof >= 0, name
+        low, high = quantity.interval()
+        assert low <= quantity.value <= high, name
+
+
+def numbers(kind: str) -> dict[str, float]:
+    return {name: quantity.value for name, quantity in KINDS[kind]().quantities().items()}
+
+
+def test_quantities_of_the_spectrum_are_those_of_the_matrix():
+    spectrum = torch.linalg.eigvalsh(MATRIX)
+    found = KINDS["complete density"]().quantities()
+    assert found["lambda_max"].value == pytest.approx(float(spectrum[-1]), rel=1e-12)
+    assert found["lambda_min"].value == pytest.approx(float(spectrum[0]), rel=1e-12)
+    assert found["trace"].value == pytest.approx(float(spectrum.sum()), rel=1e-12) and found["trace"].stderr == 0
+    assert found["negative_share"].value == pytest.approx(float((spectrum < 0).double().mean()))
+    found = KINDS["pairs"]().quantities()
+    for place, name in ((-1, "lambda_max"), (-1, "eigenvalue_1"), (-2, "eigenvalue_2"), (-3, "eigenvalue_3")):
+        low, high = found[name].interval()
+        assert low - 1e-12 <= float(spectrum[place]) <= high + 1e-12
+    both = cv.eigsh(free(MATRIX), 2, which="both").quantities()
+    assert both["lambda_max"].value == pytest.approx(9) and both["lambda_min"].value == pytest.approx(-4)
+    assert cv.eigsh(free(MATRIX), which="smallest").quantities()["lambda_min"].value == pytest.approx(-4)
+
+
+def test_quantities_of_an_estimate_are_its_value_its_error_and_its_interval():
+    result = estimate(10, 2, dof=3, floor=0.5)
+    quantity = result.quantities()["trace"]
+    assert (quantity.value, quantity.stderr, quantity.dof, quantity.bound) == (10, 2, 3, 0.5)
+    assert quantity.interval(0.9) == pytest.approx([float(bound) for bound in result.interval(0.9)], rel=1e-12)
+    assert str(quantity) == "10.0 ± 2 (within 5.0e-01)" and str(Quantity(2.5)) == "2.5"
+    named = estimate([1, 2], [0.1, 0.2], names=("first", "last")).quantities()
+    assert [(name, q.value, q.stderr) for name, q in named.items()] == [("first", 1, 0.1), ("last", 2, 0.2)]
+    assert estimate([1, 2], [0, 0]).quantities() == {}  # entries without names
+
+
+def test_quantities_without_degrees_of_freedom_have_the_normal_interval():
+    assert Quantity(1.0, 0.5).interval(0.95) == pytest.approx((1 - 0.5 * 1.959964, 1 + 0.5 * 1.959964), rel=1e-6)
+
+
+def test_quantities_of_other_kinds_are_what_their_summary_says():
+    plane, path, table = KINDS["plane"](), KINDS["path"](), KINDS["sharpness"]()
+    assert numbers("plane") == {"loss": plane.centre, "loss_min": plane.loss.min(), "loss_max": plane.loss.max()}
+    assert numbers("path")["barrier"] == path.barrier and numbers("path")["climb"] == path.climb
+    assert numbers("sharpness") == {name: table[name] for name in ("trace", "sam", "filter")}
+    assert numbers("subsampled")["trace"] == float(KINDS["subsampled"]().value)
+    layers = KINDS["estimates by layer"]()
+    assert numbers("estimates by layer") == {f"{name}.trace": float(layer.value) for name, layer in layers.items()}
+    assert numbers("critical sharpness")["critical_sharpness"] == float(KINDS["critical sharpness"]().value)
+    assert numbers("pruning")["sparsity"] == KINDS["pruning"]().sparsity
 
 
 # --------------------------------------------------------------------------------------------- print

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from curvature.linalg.measurement import Measurement
 from curvature.linalg.space import Space
-from curvature.result import Result
+from curvature.result import Quantity, Result
 
 Which = Literal["largest", "smallest", "both", "magnitude"]
+
+
+ENDS = {"largest": ("lambda_max",), "smallest": ("lambda_min",), "both": ("lambda_max", "lambda_min"), "magnitude": ()}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -43,6 +46,12 @@ class Eigenpairs(Result):
             f"eigenvalue {i}": f"{value:.8g}  residual {residual:.1e}{'' if converged else '  not converged'}"
             for i, (value, residual, converged) in enumerate(pairs, 1)
         }
+
+    def quantities(self) -> dict[str, Quantity]:
+        pairs = zip(self.values.tolist(), self.residuals.tolist(), strict=True)
+        found = [Quantity(value, bound=residual) for value, residual in pairs]
+        first = dict(zip(ENDS[self.origin.options["which"]], found, strict=False))
+        return first | {f"eigenvalue_{i}": quantity for i, quantity in enumerate(found, 1)}
 
     __repr__ = Result.__str__
 

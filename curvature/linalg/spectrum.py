@@ -21,7 +21,7 @@ from curvature.linalg.krylov import Krylov, Recurrence
 from curvature.linalg.measurement import Measurement
 from curvature.linalg.operator import LinearOperator, as_operator
 from curvature.progress import Run
-from curvature.result import Estimate, Result, with_error
+from curvature.result import Estimate, Quantity, Result, with_error
 
 Axis = Literal["log", "linear"]
 Keep = Literal["device", "main", "nowhere"]
@@ -172,6 +172,15 @@ class SpectralDensity(Result):
             "negative": percent(negative),
             "noise floor": f"±{self.floor:.1e} ({self.origin.operator.get('dtype', 'rounding')})",
             "probes, steps": f"{len(self.weights)} x {self.steps}" + ("" if self.complete else " (interrupted)"),
+        }
+
+    def quantities(self) -> dict[str, Quantity]:
+        ends = [Quantity(float(self.nodes[place]), bound=float(self.residuals[place])) for place in (0, -1)]
+        means = {"trace": self.mean(lambda nodes: nodes * self.size), "negative_share": self.negative}
+        return {
+            **dict(zip(("lambda_min", "lambda_max"), ends, strict=True)),
+            **{name: Quantity(float(e.value), float(e.stderr), e.dof, float(e.floor)) for name, e in means.items()},
+            **({"outliers": Quantity(len(self.outliers))} if self.reorthogonalised else {}),
         }
 
     __repr__ = Result.__str__

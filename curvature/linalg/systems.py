@@ -19,7 +19,7 @@ from curvature.linalg.measurement import Measurement
 from curvature.linalg.operator import LinearOperator
 from curvature.linalg.space import Space
 from curvature.linalg.structured import LowRank
-from curvature.result import Result
+from curvature.result import Quantity, Result
 
 LOOK = 50  # steps after which residuals are recomputed
 DRIFTED = 2.0  # times as large as thought they have to be made anew
@@ -37,6 +37,9 @@ class Solution(Result):
     positive the matrix is not positive definite, and conjugate gradients stopped there with what they had. It is no
     smaller than the smallest eigenvalue. Of least squares all this is said of their own system,
     (A^T A + damping I) x = A^T b.
+
+    `energy` (k,) is b . x, which of a gradient b is the square of the Newton decrement: twice what the quadratic model
+    falls by the step -x (Boyd & Vandenberghe 2004, 9.5.1). None of least squares.
     """
 
     x: Tensor
@@ -44,6 +47,7 @@ class Solution(Result):
     converged: Bool[Tensor, " k"]
     steps: Tensor
     curvature: Float[Tensor, " k"]
+    energy: Float[Tensor, " k"] | None = None
     recycled_values: Tensor | None = None
     recycled_vectors: Tensor | None = None
 
@@ -63,9 +67,16 @@ class Solution(Result):
             "solved": f"{done} of {count} right-hand sides" if count != 1 else "yes" if done else "no",
             "residual": f"{float(self.residuals.max()) if count else 0.0:.1e} of the right-hand side",
             "steps": str(int(self.steps.max()) if count else 0),
+            **({"norm of x": f"{float(self.x.norm()):.6g}"} if count == 1 else {}),
+            **({"b . x": f"{float(self.energy):.6g}"} if count == 1 and self.energy is not None else {}),
             **({"negative curvature": f"met {met} times, down to {float(self.curvature.min()):.3g}"} if met else {}),
             **({} if self.recycled_values is None else {"recycled": f"rank {len(self.recycled_values)}"}),
         }
+
+    def quantities(self) -> dict[str, Quantity]:
+        if not len(self.residuals):
+            return {}
+        return {"residual": Quantity(float(self.residuals.max())), "steps": Quantity(float(self.steps.max()))}
 
     __repr__ = Result.__str__
 
@@ -155,6 +166,10 @@ class Systems:
     def finish(self) -> None:
         """Look over what there is in the end."""
 
+    def energy(self) -> Float[Tensor, " k"] | None:
+        """b . x of each, in units of b, where the system is that of b."""
+        return None
+
     def recycled(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Eigenvalues and eigenvectors of what the directions tell of A, where they were kept."""
         return None, None
@@ -164,7 +179,7 @@ class Systems:
 
     def solution(self, *, complete: bool) -> Solution:
         """What there is."""
-        x = self.x * self.unit
+        x, energy = self.x * self.unit, self.energy()
         values, vectors = self.recycled()
         return Solution(
             x=x[0] if len(self.shape) == 1 else x.T,
@@ -172,6 +187,7 @@ class Systems:
             converged=(self.known & (self.residuals <= self.rtol)).cpu(),
             steps=self.steps.cpu(),
             curvature=self.curvature.cpu(),
+            energy=None if energy is None else (energy * self.unit[:, 0].double().square()).cpu(),
             recycled_values=values,
             recycled_vectors=vectors,
             complete=complete,

@@ -12,7 +12,7 @@ from curvature.linalg.measurement import Measurement
 from curvature.linalg.operator import LinearOperator
 from curvature.objective.params import By, ParamSpace
 from curvature.progress import Run
-from curvature.result import Result
+from curvature.result import Quantity, Result
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -41,6 +41,11 @@ class ByLayer(Result):
             for name, result in self.items()
             for rows in [result.summary()]
             for label, text in rows.items()
+        }
+
+    def quantities(self) -> dict[str, Quantity]:
+        return {
+            f"{name}.{label}": number for name, result in self.items() for label, number in result.quantities().items()
         }
 
     __repr__ = Result.__str__

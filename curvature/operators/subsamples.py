@@ -21,7 +21,7 @@ from curvature.linalg.measurement import Measurement, describe
 from curvature.linalg.operator import LinearOperator
 from curvature.objective.objective import Objective
 from curvature.progress import Progress, Run
-from curvature.result import Cost, Estimate, with_error
+from curvature.result import Cost, Estimate, Quantity, with_error
 
 Matrix = Callable[[Objective], LinearOperator]
 
@@ -43,6 +43,10 @@ class Subsampled(Estimate):
         data = f"± {float(self.data_stderr):.2g}" if self.data_stderr else "less than the probes show"
         shares = {"of which data": data, "of which probes": f"± {float(self.probe_stderr):.2g}"}
         return super().summary() | {self.origin.question: value} | shares
+
+    def quantities(self) -> dict[str, Quantity]:
+        found = super().quantities()
+        return {self.origin.options["of"]: found["subsampled"]} if "subsampled" in found else found
 
     __repr__ = Estimate.__repr__
 

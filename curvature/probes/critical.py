@@ -15,7 +15,7 @@ from curvature.objective.objective import Objective
 from curvature.operators.engine import need_objective
 from curvature.probes.points import Points
 from curvature.progress import Run
-from curvature.result import Result
+from curvature.result import Quantity, Result
 
 OCTAVES = 60  # up and down from the first guess
 BELOW = 4  # octaves below a crossing in which an earlier one is looked for
@@ -44,6 +44,9 @@ class CriticalSharpness(Result):
             "critical sharpness": f"{float(self.value):.5g}",
             "critical step": f"{self.step:.5g}, from {len(self.steps) - 1} steps",
         }
+
+    def quantities(self) -> dict[str, Quantity]:
+        return {"critical_sharpness": Quantity(float(self.value)), "critical_step": Quantity(self.step)}
 
     __repr__ = Result.__str__
 

@@ -17,7 +17,7 @@ from curvature.objective.objective import Objective
 from curvature.operators.engine import need_objective
 from curvature.probes.points import AT_ONCE, BLOCK, Points
 from curvature.progress import Run
-from curvature.result import Estimate, with_error
+from curvature.result import Estimate, Quantity, with_error
 
 OCTAVES = 30  # up and down, in which a standard deviation is looked for
 
@@ -105,6 +105,10 @@ class PacBayes(Estimate):
             "1 / sigma^2": with_error(float(sharpness.value), float(sharpness.stderr)),
             "draws": f"{self.samples} at each of {len(self.sigmas)} sigmas",
         }
+
+    def quantities(self) -> dict[str, Quantity]:
+        found = {"sigma": self, "pac_bayes": self.sharpness}
+        return {name: Quantity(float(e.value), float(e.stderr), e.dof) for name, e in found.items()}
 
 
 def pac_bayes_flatness(

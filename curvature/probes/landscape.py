@@ -18,7 +18,7 @@ from curvature.objective.objective import Objective
 from curvature.operators.engine import need_objective
 from curvature.probes.points import Norm, Points
 from curvature.progress import Run
-from curvature.result import Result
+from curvature.result import Quantity, Result
 
 POINTS = {1: 101, 2: 51, 3: 21}  # along each axis
 SHARES = 2.0 ** torch.arange(-16, 1, dtype=torch.float64)  # of the radius, where "adaptive" looks first
@@ -101,6 +101,15 @@ class Landscape(Result):
             **({"not finite": f"at {lost:,} points"} if lost else {}),
             "batch normalisation": str(self.origin.options["norm"]),
         }
+
+    def quantities(self) -> dict[str, Quantity]:
+        finite = self.loss[self.loss.isfinite()]
+        found = {"loss": self.centre}
+        found |= {"loss_min": float(finite.min()), "loss_max": float(finite.max())} if len(finite) else {}
+        for name in ("accuracy", "held_out_loss", "held_out_accuracy"):
+            if (values := getattr(self, name)) is not None:
+                found[name] = self._middle(values)
+        return {name: Quantity(value) for name, value in found.items()}
 
     __repr__ = Result.__str__
 

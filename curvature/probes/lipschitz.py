@@ -27,7 +27,7 @@ from curvature.objective.work import work_on
 from curvature.operators.engine import need_objective
 from curvature.operators.hessian import hessian
 from curvature.progress import Run
-from curvature.result import Estimate, with_error
+from curvature.result import Estimate, Quantity, with_error
 
 NEAR = 0.1  # of the radius: the distance of two points by default
 APART = 1e3  # roundings of the parameters that two points are apart, at least
@@ -57,6 +57,10 @@ class Lipschitz(Estimate):
         if float(self.noise[place]) > 0.1 * self.largest:
             shown["rounding"] = f"± {float(self.noise[place]):.2g}: take a larger distance, or dtype=torch.float64"
         return shown
+
+    def quantities(self) -> dict[str, Quantity]:
+        question, noise = self.origin.question, float(self.noise[self.ratios.argmax()])
+        return {question: Quantity(self.largest, bound=noise), f"{question}_mean": self._quantity(())}
 
     __repr__ = Estimate.__repr__
 

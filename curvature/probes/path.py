@@ -27,7 +27,7 @@ from curvature.probes.directions import orthogonal, positions
 from curvature.probes.points import Norm, Points
 from curvature.probes.roughness import total_variation
 from curvature.progress import Run
-from curvature.result import Result
+from curvature.result import Quantity, Result
 
 Kind = Literal["polygon", "bezier"]
 End = Objective | Tensor | Mapping[str, Tensor]
@@ -192,6 +192,16 @@ class Path(Result):
             **({"not finite": f"at {lost:,} points"} if lost else {}),
             "batch normalisation": str(self.origin.options["norm"]),
         }
+
+    def quantities(self) -> dict[str, Quantity]:
+        found = {
+            "barrier": self.barrier,
+            "held_out_barrier": self.held_out_barrier,
+            "climb": self.climb,
+            "total_variation": self.variation,
+            "mean_loss": self.mean,
+        }
+        return {name: Quantity(value) for name, value in found.items() if value is not None}
 
     __repr__ = Result.__str__
 

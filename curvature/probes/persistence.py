@@ -12,7 +12,7 @@ from torch import Tensor
 
 from curvature.linalg.work import Work
 from curvature.probes.landscape import Landscape
-from curvature.result import Result
+from curvature.result import Quantity, Result
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -54,6 +54,9 @@ class Persistence(Result):
         if len(self.dimensions) > self.minima():
             shown["loops and shells"] = str(len(self.dimensions) - self.minima())
         return shown | ({"not finite": f"at {self.outside:,} points"} if self.outside else {})
+
+    def quantities(self) -> dict[str, Quantity]:
+        return {"minima": Quantity(self.minima()), "total_persistence": Quantity(self.total())}
 
     __repr__ = Result.__str__
 

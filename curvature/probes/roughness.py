@@ -16,7 +16,7 @@ from curvature.operators.engine import need_objective
 from curvature.probes.directions import SCALES, Scale, to_scale
 from curvature.probes.points import Norm, Points
 from curvature.progress import Run
-from curvature.result import Estimate, with_error
+from curvature.result import Estimate, Quantity, with_error
 
 FEWEST = 3  # directions, of which the jackknife leaves one out and needs two
 FEW = 5  # degrees of freedom, of an index that needs more directions
@@ -65,6 +65,13 @@ class Roughness(Estimate):
         if faint:
             shown["rounding"] = f"{faint} of {len(turns)} profiles: take a larger radius, or dtype=torch.float64"
         return shown | {"batch normalisation": str(self.origin.options["norm"])}
+
+    def quantities(self) -> dict[str, Quantity]:
+        turns = self.oscillation[self.oscillation.isfinite()]
+        if len(turns) < 2:
+            return super().quantities()
+        mean = Quantity(float(turns.mean()), float(turns.std()) / len(turns) ** 0.5, len(turns) - 1)
+        return {**super().quantities(), "oscillation": mean}
 
     __repr__ = Estimate.__repr__
 

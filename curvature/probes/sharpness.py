@@ -17,7 +17,7 @@ from curvature.probes.measures import MEASURES, Measure, Numbers, Setting
 from curvature.probes.points import Points
 from curvature.probes.rescaling import rescaled
 from curvature.progress import Run
-from curvature.result import Cost, Origin, Result, with_error
+from curvature.result import Cost, Origin, Quantity, Result, with_error
 
 ALPHAS = (0.5, 2.0)  # powers of 2: the scaled network rounds as the given one does
 
@@ -54,6 +54,10 @@ class Sharpness(Result):
             told = "invariant" if invariant else "not invariant"
             rows[name] = f"{number:<24} {told}" + ("" if change != change else f" (changed by {change:.1e})")
         return rows | ({"left out": "; ".join(self.left_out)} if self.left_out else {})
+
+    def quantities(self) -> dict[str, Quantity]:
+        columns = self.names, self.values.tolist(), self.stderrs.nan_to_num(0.0).tolist()
+        return {name: Quantity(value, stderr) for name, value, stderr in zip(*columns, strict=True)}
 
     __repr__ = Result.__str__
 

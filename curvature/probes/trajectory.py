@@ -15,7 +15,7 @@ from curvature.objective.objective import Objective
 from curvature.objective.work import work_on
 from curvature.operators.engine import need_objective
 from curvature.probes.directions import positions
-from curvature.result import Result
+from curvature.result import Quantity, Result
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -42,6 +42,9 @@ class Trajectory(Result):
             f"explained by {count}": f"{both[0]:.1%} ({each})",
             "a random walk": f"{both[1]:.1%}",
         }
+
+    def quantities(self) -> dict[str, Quantity]:
+        return {"explained": Quantity(float(self.explained[: len(self.directions)].sum()))}
 
     __repr__ = Result.__str__
 

@@ -22,7 +22,7 @@ from curvature.objective.objective import Objective
 from curvature.operators.engine import need_objective
 from curvature.probes.points import Points
 from curvature.progress import Run
-from curvature.result import Result
+from curvature.result import Quantity, Result
 
 FARTHEST = 1e6  # a step, in radii: where it is projected back, theta + u no longer depends on where it began
 EDGE = 1 - 1e-6  # of the way out: rounding leaves what was projected about there
@@ -57,6 +57,9 @@ class WorstCase(Result):
             "first order": f"{self.first_order:.6g}",
             "each ascent": ", ".join(f"{rise:.6g}" for rise in best) + f" in {self.rises.shape[1] - 1} steps",
         }
+
+    def quantities(self) -> dict[str, Quantity]:
+        return {self.origin.question: Quantity(float(self.value)), "first_order": Quantity(self.first_order)}
 
     __repr__ = Result.__str__
 

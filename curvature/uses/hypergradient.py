@@ -27,7 +27,7 @@ from curvature.operators.engine import need_objective
 from curvature.operators.hessian import hessian
 from curvature.operators.subsamples import Matrix
 from curvature.progress import Run
-from curvature.result import Result
+from curvature.result import Quantity, Result
 
 Hyper = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
@@ -62,6 +62,12 @@ class Hypergradient(Solution):
         norms = {f"d outer / d {name}": f"norm {float(gradient.norm()):.4g}" for name, gradient in pairs}
         inner = {"gradient of inner": f"norm {self.stationarity:.1e}", "outer above the minimum": f"{self.excess:.1e}"}
         return {**norms, **inner, **super().summary()}
+
+    def quantities(self) -> dict[str, Quantity]:
+        pairs = zip(self.names, self.gradients, strict=True)
+        norms = {f"{name}_norm": Quantity(float(gradient.norm())) for name, gradient in pairs}
+        inner = {"stationarity": Quantity(self.stationarity), "excess": Quantity(self.excess)}
+        return {**super().quantities(), **norms, **inner}
 
     __repr__ = Result.__str__
 

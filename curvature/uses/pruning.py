@@ -22,7 +22,7 @@ from curvature.linalg.measurement import Measurement
 from curvature.linalg.operator import LinearOperator
 from curvature.objective.objective import Objective
 from curvature.operators.engine import need_objective
-from curvature.result import Estimate, Result
+from curvature.result import Estimate, Quantity, Result
 
 PruneMethod = Literal["joint", "separate"]
 
@@ -51,6 +51,9 @@ class Pruning(Result):
             "kept": f"{int(self.mask.sum()):,} of {len(self.mask):,} weights ({1 - self.sparsity:.1%})",
             "predicted increase": f"{self.increase:.3g}",
         }
+
+    def quantities(self) -> dict[str, Quantity]:
+        return {"sparsity": Quantity(self.sparsity), "increase": Quantity(self.increase)}
 
     __repr__ = Result.__str__
 
