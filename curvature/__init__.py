@@ -2,6 +2,11 @@
 
 from curvature import optim as optim
 from curvature.assets import demo as demo
+from curvature.diagnostics.stability import StableRates as StableRates
+from curvature.diagnostics.stability import stable_learning_rates as stable_learning_rates
+from curvature.diagnostics.subspace import GradientShare as GradientShare
+from curvature.diagnostics.subspace import gradient_share as gradient_share
+from curvature.diagnostics.subspace import subspace_overlap as subspace_overlap
 from curvature.errors import BadFile as BadFile
 from curvature.errors import BadObjective as BadObjective
 from curvature.errors import CurvatureError as CurvatureError

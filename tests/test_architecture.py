@@ -16,6 +16,7 @@ LAYERS = (
     {"objective"},
     {"operators"},
     {"uses", "probes", "optim"},
+    {"diagnostics"},
     {"plots", "assets"},
 )
 PLACE = {name: i for i, names in enumerate(LAYERS) for name in names}

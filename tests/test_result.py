@@ -72,6 +72,8 @@ KINDS = {
     "worst case": lambda: cv.sam_sharpness(SMALL),
     "flatness": lambda: cv.pac_bayes_flatness(SMALL, samples=3),
     "critical sharpness": lambda: cv.critical_sharpness(SMALL),
+    "stable rates": lambda: cv.stable_learning_rates(SMALL),
+    "gradient share": lambda: cv.gradient_share(SMALL, cv.eigsh(cv.hessian(SMALL), 2)),
     "sharpness": lambda: cv.sharpness(SMALL, measures=("trace", "sam", "filter"), invariance=True),
     "trajectory": lambda: cv.trajectory(SMALL, torch.eye(SMALL.space.size).double()[:4].cumsum(0)),
     "pruning": lambda: cv.prune(SMALL, cv.identity(SMALL.space), sparsity=0.5),

@@ -1,0 +1,1 @@
+"""What curvature says of training: one question a file."""
