@@ -360,7 +360,7 @@ def test_quantities_of_the_spectrum_are_those_of_the_matrix():
     assert found["lambda_max"].value == pytest.approx(float(spectrum[-1]), rel=1e-12)
     assert found["lambda_min"].value == pytest.approx(float(spectrum[0]), rel=1e-12)
     assert found["trace"].value == pytest.approx(float(spectrum.sum()), rel=1e-12) and found["trace"].stderr == 0
-    assert found["negative_share"].value == pytest.approx(float((spectrum < 0).double().mean()))
+    assert found["negative_share"].value == pytest.approx(float((spectrum < -1e-12).double().mean()))
     found = KINDS["pairs"]().quantities()
     for place, name in ((-1, "lambda_max"), (-1, "eigenvalue_1"), (-2, "eigenvalue_2"), (-3, "eigenvalue_3")):
         low, high = found[name].interval()
