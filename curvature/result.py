@@ -90,7 +90,7 @@ class Quantity:
 
     def __str__(self) -> str:
         error = (with_error(self.value, self.stderr),) if self.stderr else (f"{self.value:.6g}",)
-        return " ".join([*error, *([f"(within {self.bound:.1e})"] if self.bound else [])])
+        return " ".join([*error, *([f"(within {self.bound:.2g})"] if self.bound else [])])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -375,7 +375,7 @@ def test_quantities_of_an_estimate_are_its_value_its_error_and_its_interval():
     quantity = result.quantities()["trace"]
     assert (quantity.value, quantity.stderr, quantity.dof, quantity.bound) == (10, 2, 3, 0.5)
     assert quantity.interval(0.9) == pytest.approx([float(bound) for bound in result.interval(0.9)], rel=1e-12)
-    assert str(quantity) == "10.0 ± 2 (within 5.0e-01)" and str(Quantity(2.5)) == "2.5"
+    assert str(quantity) == "10 ± 2 (within 0.5)" and str(Quantity(2.5)) == "2.5"
     named = estimate([1, 2], [0.1, 0.2], names=("first", "last")).quantities()
     assert [(name, q.value, q.stderr) for name, q in named.items()] == [("first", 1, 0.1), ("last", 2, 0.2)]
     assert estimate([1, 2], [0, 0]).quantities() == {}  # entries without names
