@@ -53,7 +53,8 @@ class Space:
 
     def diagonal(self, u: Float[Tensor, "k n"], v: Float[Tensor, "k n"]) -> Float[Tensor, " k"]:
         """The inner products u_i . v_i, likewise."""
-        return torch.stack([self.inner(a[None], b[None])[0, 0] for a, b in zip(u, v, strict=True)])
+        products = [self.inner(a[None], b[None])[0] for a, b in zip(u, v, strict=True)]
+        return torch.cat(products) if products else torch.zeros(0, dtype=torch.float64, device=u.device)
 
     def norms(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, " k"]:
         """Euclidean norm of each row, accumulated in float64."""

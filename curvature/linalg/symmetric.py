@@ -51,6 +51,9 @@ class Symmetric(Systems):
     def completed(self, left: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
         return left
 
+    def energy(self) -> Float[Tensor, " k"]:
+        return self.space.diagonal(self.x, self.b)
+
     def precondition(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
         if self.preconditioner is None:
             return rows

@@ -40,6 +40,7 @@ def check(
     residuals = left.norm(dim=0) / columns.norm(dim=0)
     torch.testing.assert_close(found.residuals, residuals.cpu().double(), rtol=1e-4, atol=rounding)
     assert found.x.shape == b.shape and found.x.dtype == matrix.dtype
+    torch.testing.assert_close(found.energy, (columns.double() * x.double()).sum(0), rtol=1e-9, atol=1e-12)
 
 
 @METHOD
