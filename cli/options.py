@@ -46,12 +46,18 @@ class Task:
     "Code that returns a curvature.Objective: ./file.py:name or package.module:name. MODEL, if given, is its weights."
     arch: str | None = None
     "Code that makes the module whose weights MODEL holds."
+    base: Path | None = None
+    "The Hugging Face folder of the model that a PEFT adapter changes; by default the one that the adapter names."
     arch_arg: Many = ()
     "An argument for --arch, as name=value; may be repeated."
     loss: str | None = None
     "cross-entropy, bce, mse, kl, poisson-nll, gaussian-nll, or code: a function loss(model, batch)."
     data: str | None = None
-    "A .npz, safetensors or torch file of arrays, demo:NAME, or code that returns data."
+    "A .npz, safetensors, torch or CSV file, demo:NAME, or code that returns data; for a Hugging Face folder also a text."
+    target: str | None = None
+    "The column of a CSV file (or JSON lines) that is predicted; by default the last."
+    block_size: Annotated[int | None, Parameter(validator=Number(gte=1))] = None
+    "Tokens of a text at a time; by default 128, or what the model can take."
     batch_size: Annotated[int | None, Parameter(validator=Number(gte=1))] = None
     "Examples of whole arrays computed at a time: bounds memory. By default 256, and all at once for --loss code."
     max_examples: Annotated[int | None, Parameter(validator=Number(gte=1))] = None
