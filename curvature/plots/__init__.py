@@ -21,6 +21,7 @@ from curvature.probes.roughness import Roughness
 from curvature.probes.sharpness import Sharpness
 from curvature.probes.trajectory import Trajectory
 from curvature.result import Estimate, Result
+from curvature.uses.influence import Influence
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,6 +42,11 @@ def save_picture(result: Result, path: Path, *, surface: bool = False, **style: 
 def plot(result: Result, ax: Axes | None = None, **style: Any) -> Axes:
     """Draw `result` on `ax`, or on new axes, and return the axes; TypeError for a kind that has no picture."""
     raise TypeError(f"{type(result).__name__} has no picture. Draw its fields: {', '.join(result.arrays())}.")
+
+
+def drawable(result: Result) -> bool:
+    """Whether `plot` knows how to draw results of this kind."""
+    return plot.dispatch(type(result)) is not plot.dispatch(Result)
 
 
 @plot.register(SpectralDensity)
@@ -104,6 +110,13 @@ def _(result: Trajectory, ax: Axes | None = None, **style: Any) -> Axes:
     from curvature.plots.landscape import draw_trajectory
 
     return draw_trajectory(result, new_axes() if ax is None else ax, **style)
+
+
+@plot.register(Influence)
+def _(result: Influence, ax: Axes | None = None, **style: Any) -> Axes:
+    from curvature.plots.influence import draw_influence
+
+    return draw_influence(result, new_axes() if ax is None else ax, **style)
 
 
 def interactive(result: Landscape) -> PlotlyFigure:

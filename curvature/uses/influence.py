@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from curvature.errors import Interrupted
@@ -24,15 +25,22 @@ from curvature.operators.per_example import ExampleGradients, example_gradients
 from curvature.progress import Run
 from curvature.result import Result
 
-SHOWN = 3
+TOP = 3
+TESTS = 10  # for which the summary names examples
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Influence(Result):
     """`scores` (N, m) in units of the loss: by how much the loss of test example j rises when training example i is
-    left out, to first order; (N,) where there is one test, or each example is its own. Positive ones helped."""
+    left out, to first order; (N,) where there is one test, or each example is its own. Positive ones helped.
+
+    `ranked` (r, m) or (r,) are the indices of the examples that were asked for, those with the largest scores and then
+    those with the smallest, by falling score; `ranked_scores` are theirs.
+    """
 
     scores: Float[Tensor, "N ..."]
+    ranked: Int[Tensor, "r ..."]
+    ranked_scores: Float[Tensor, "r ..."]
 
     def top(self, count: int = 10) -> Tensor:
         """The indices of the examples with the largest scores, (count,) or (count, m), largest first."""
@@ -43,16 +51,25 @@ class Influence(Result):
             return {"examples": "none"}
         shown = {"examples": f"{len(self.scores):,}"}
         if self.scores.ndim == 1:
-            shown["largest"] = ", ".join(f"{float(self.scores[i]):.3g} ({int(i)})" for i in self.top(SHOWN))
-        else:
-            shown["tests"] = f"{self.scores.shape[1]:,}"
+            pairs = zip(self.ranked.tolist(), self.ranked_scores.tolist(), strict=True)
+            return shown | {f"example {i}": f"{score: .4g}" for i, score in pairs}
+        shown["tests"] = f"{self.scores.shape[1]:,}"
+        columns = zip(self.ranked.T.tolist(), self.ranked_scores.T.tolist(), strict=True)
+        for test, (indices, scores) in enumerate(islice(columns, TESTS)):
+            pairs = zip(scores, indices, strict=True)
+            shown[f"test {test}"] = ", ".join(f"{score:.3g} ({i})" for score, i in pairs)
         return shown
 
     __repr__ = Result.__str__
 
 
 def influence(
-    train: Objective, test: Objective | Float[Tensor, "m n"], inverse: LinearOperator, *, run: Run | None = None
+    train: Objective,
+    test: Objective | Float[Tensor, "m n"],
+    inverse: LinearOperator,
+    *,
+    top: int = TOP,
+    run: Run | None = None,
 ) -> Influence:
     """How much each training example helped each test: g_i . A^-1 g_j / T, (N, m).
 
@@ -61,7 +78,8 @@ def influence(
     that of the damped curvature of `train`: `inverse(ggn(train), damping=mu)` solves by conjugate gradients, and those
     of `kfac`, `ekfac` and of a `GradientWindow` are exact; with the identity the scores are inner products of
     gradients (TracIn, for one checkpoint). One pass over the training data, in which never more than the gradients of
-    a layer are held. With a checkpoint it goes on where it was, and an interrupt returns the examples so far.
+    a layer are held. The `top` largest and smallest scores of each test are `ranked`. With a checkpoint it goes on
+    where it was, and an interrupt returns the examples so far.
 
     Examples are numbered in the order of the data; a batch of which no target counts is left out.
     The parameters should be near a minimum of `train`, and the network nearly linear in what one example changes:
@@ -75,8 +93,7 @@ def influence(
     >>> influence(train, at_four, inverse(egn(train))).scores[:, 0].tolist()  # doctest: +ELLIPSIS
     [-1.33..., -0.66..., 2.0...]
     """
-    asking = _Asking("influence", train, inverse, run)
-
+    asking = _Asking("influence", train, inverse, _count(top), _count(top), run)
     rows = _gradients(test, train)
     # one of them first: of a checkpoint, that is computed again to see whether the inverse is the same
     directions = torch.cat([asking.measurement.apply(some) for some in (rows[:1], rows[1:]) if len(some)])
@@ -88,14 +105,15 @@ def influence(
     return asking.scores(scores)
 
 
-def self_influence(train: Objective, inverse: LinearOperator, *, run: Run | None = None) -> Influence:
+def self_influence(train: Objective, inverse: LinearOperator, *, top: int = TOP, run: Run | None = None) -> Influence:
     """How much each training example helped itself: g_i . A^-1 g_i / T, (N,), which is large where a label is wrong.
 
     Arguments as in `influence`. Every example is multiplied with the inverse, a batch at a time: with an exact one
     that is cheap; with conjugate gradients it is a solve for each, those of a batch in the same passes over the data.
+    The `top` largest scores are `ranked`.
     The gradients of a batch are held, so that batches should be as large as memory allows.
     """
-    asking = _Asking("self_influence", train, inverse, run)
+    asking = _Asking("self_influence", train, inverse, _count(top), 0, run)
 
     def scores(examples: ExampleGradients, batch: Batch) -> Float[Tensor, " b"]:
         rows = examples.rows(batch)
@@ -105,9 +123,11 @@ def self_influence(train: Objective, inverse: LinearOperator, *, run: Run | None
 
 
 class _Asking:
-    """A pass over the training data that asks for the scores of every batch."""
+    """A pass over the training data that asks for the scores of every batch, of which so many are `ranked`."""
 
-    def __init__(self, question: str, train: Objective, inverse: LinearOperator, run: Run | None) -> None:
+    def __init__(
+        self, question: str, train: Objective, inverse: LinearOperator, largest: int, smallest: int, run: Run | None
+    ) -> None:
         inverse = as_operator(inverse)
         need_objective(question, train)
         if inverse.shape != (train.space.size, train.space.size):
@@ -116,6 +136,7 @@ class _Asking:
         options = {"data": train.fingerprint["data"], "model": train.fingerprint["model"]}
         self.measurement = Measurement(inverse, question, options=options, run=run)
         self.train, self.passes = train, train.meter.passes
+        self.ends = largest, smallest
         self.examples = ExampleGradients(train)
         self.terms = Passes(train).total(lambda batch: torch.zeros(()))[1]
         self.found: list[Tensor] = []
@@ -138,12 +159,25 @@ class _Asking:
     def _result(self, *, complete: bool) -> Influence:
         cost = self.measurement.cost
         passes = max(cost.passes, self.train.meter.passes - self.passes)  # an exact inverse counts none
+        scores = torch.cat(self.found).cpu() / self.terms if self.found else torch.zeros(0)
+        largest, smallest = self.ends
+        order = scores.argsort(dim=0, descending=True, stable=True)
+        if largest + smallest < len(order):
+            order = torch.cat([order[:largest], order[len(order) - smallest :]])
         return Influence(
-            scores=torch.cat(self.found).cpu() / self.terms if self.found else torch.zeros(0),
+            scores=scores,
+            ranked=order,
+            ranked_scores=scores.gather(0, order),
             complete=complete,
             cost=replace(cost, passes=passes),
             origin=self.measurement.origin,
         )
+
+
+def _count(top: int) -> int:
+    if top < 1:
+        raise ValueError(f"top is a number of examples, 1 or more, but got {top}.")
+    return top
 
 
 def _gradients(test: Objective | Tensor, train: Objective) -> Float[Tensor, "m n"]:

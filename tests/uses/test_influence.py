@@ -163,10 +163,18 @@ def test_an_interrupt_keeps_the_shape_of_a_single_test():
 
 def test_summary_and_top():
     train, test = logistic()
-    scores = cv.influence(train, test.gradient(), cv.identity(train.space))
-    assert scores.top(2).tolist() == scores.scores.argsort(descending=True)[:2].tolist()
-    assert "60" in str(scores) and f"({int(scores.top(1))})" in str(scores)
-    assert "40" in str(cv.influence(train, test, cv.identity(train.space)))
+    scores = cv.influence(train, test.gradient(), cv.identity(train.space), top=2)
+    order = scores.scores.argsort(descending=True)
+    assert scores.top(2).tolist() == order[:2].tolist()
+    assert scores.ranked.tolist() == order[[0, 1, -2, -1]].tolist()
+    assert torch.equal(scores.ranked_scores, scores.scores[scores.ranked])
+    assert "60" in str(scores) and [row for row in str(scores).splitlines() if f"example {order[-1]} " in row]
+    each = cv.influence(train, test, cv.identity(train.space), top=1)
+    assert each.ranked.shape == (2, 40) and "40" in str(each)
+    assert each.ranked[0].tolist() == each.scores.argmax(0).tolist()
+    assert f"({int(each.scores[:, 1].argmin())})" in each.summary()["test 1"]
+    own = cv.self_influence(train, cv.identity(train.space), top=100)
+    assert own.ranked.tolist() == own.scores.argsort(descending=True).tolist()
 
 
 def test_bad_input_is_refused():
@@ -177,5 +185,7 @@ def test_bad_input_is_refused():
         cv.influence(train, torch.ones(3).double(), cv.identity(train.space))
     with pytest.raises(ValueError, match="other parameters"):
         cv.influence(train, test.at(3 * torch.ones(18).double()), cv.identity(train.space))
+    with pytest.raises(ValueError, match="top is a number of examples, 1 or more, but got 0"):
+        cv.self_influence(train, cv.identity(train.space), top=0)
     with pytest.raises(TypeError, match="takes an Objective"):
         cv.influence(nn.Linear(2, 1), test, cv.identity(train.space))  # pyright: ignore[reportArgumentType]
