@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import curvature as cv
 
 
-STRUCTURED = ("ggn-diagonal", "kfac", "ekfac")  # operators that are known by their entries
+STRUCTURED = ("ggn-diagonal", "kfac", "ekfac", "egn", "gradient-window")  # which are held whole
 
 
 def question_of(
@@ -32,16 +32,20 @@ def question_of(
 
 def load_operator(model: str | None, task: Task, matrix: Matrix) -> cv.LinearOperator:
     """The matrix that --operator names, of the objective; its health is checked now."""
+    return operator_of(load_checked(model, task), matrix)
+
+
+def operator_of(objective: cv.Objective, matrix: Matrix) -> cv.LinearOperator:
+    """The matrix that --operator names."""
     import curvature as cv
     from curvature.errors import listing
 
-    objective = load_checked(model, task)
-    make = getattr(cv, matrix.operator.replace("-", "_"))
+    make: Any = getattr(cv, matrix.operator.replace("-", "_"))
     if matrix.operator not in STRUCTURED:
         return make(objective, engine=matrix.engine)
     if matrix.engine != "auto":
         raise Misuse(f"--engine is how products are computed, but {matrix.operator} is held whole.", "Leave it out.")
-    A = make(objective)
+    A = make(objective) if matrix.operator != "gradient-window" else make(objective, matrix.window).fisher
     if apart := [f"{name} ({reason})" for name, reason in A.source.get("diagonal", {}).items()]:
         warn(f"{len(apart)} parameters have a diagonal block: {listing(apart, 3)}")
     return A
@@ -57,6 +61,11 @@ def load_checked(model: str | None, task: Task) -> cv.Objective:
         unused = f"{len(health.unused)} parameters: {listing(health.unused, 3)}"
         warn(f"the loss of the first batch does not depend on {unused}")
     return objective
+
+
+def test_of(objective: cv.Objective, name: str, task: Task) -> cv.Objective:
+    """The loss alone, without a regulariser, of the data that --test names, at the same parameters."""
+    return replace(objective.on(_data(name), **_cut(task)), l2=0.0)
 
 
 def looking(look: Look) -> dict[str, Any]:

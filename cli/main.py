@@ -45,7 +45,20 @@ Defaults of options can be kept in ./curv.toml, one table a command.
 Exit codes: 0 ok, 1 internal error, 2 usage, 3 file unreadable, 4 refused as unsafe, 5 model or loss cannot be \
 analysed, 6 numerical failure, 7 out of memory or disk, 130 interrupted.
 """
-COMMANDS = ("spectrum", "eig", "trace", "diag", "landscape", "roughness", "sharpness", "path", "inspect", "env")
+COMMANDS = (
+    "spectrum",
+    "eig",
+    "trace",
+    "diag",
+    "landscape",
+    "roughness",
+    "sharpness",
+    "path",
+    "ihvp",
+    "influence",
+    "inspect",
+    "env",
+)
 
 
 class Terminated(KeyboardInterrupt):

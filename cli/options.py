@@ -19,6 +19,8 @@ Count = Annotated[int, Parameter(name=("--k", "-k"), validator=Number(gte=1), gr
 Seed = Annotated[int, Parameter(validator=Number(gte=0, lt=2**63), group=NUMBERS)]
 Tolerance = Annotated[float, Parameter(validator=Number(gt=0, lt=1), group=NUMBERS)]
 
+Damping = Annotated[float, Parameter(validator=Number(gte=0), group=NUMBERS)]
+Test = Annotated[str | None, Parameter(group=TASK)]
 Radius = Annotated[float, Parameter(validator=Number(gt=0), group=NUMBERS)]
 Scale = Annotated[Literal["filter", "layer", "weight", "none"], Parameter(group=NUMBERS)]
 Norm = Annotated[Literal["frozen", "recalibrated", "batch"], Parameter(group=NUMBERS)]
@@ -86,9 +88,20 @@ class Matrix:
     """Which matrix of it."""
 
     operator: Literal[
-        "hessian", "ggn", "fisher", "empirical-fisher", "gradient-covariance", "ggn-diagonal", "kfac", "ekfac"
+        "hessian",
+        "ggn",
+        "fisher",
+        "empirical-fisher",
+        "gradient-covariance",
+        "ggn-diagonal",
+        "kfac",
+        "ekfac",
+        "egn",
+        "gradient-window",
     ] = "hessian"
-    "Which matrix."
+    "Which matrix. egn is the GGN of few data, gradient-window the Fisher matrix of some gradients (M-FAC)."
+    window: Positive = 256
+    "Examples of gradient-window, drawn at random."
     engine: Literal["auto", "retained", "batched", "recomputed", "linearized", "compiled", "forward"] = "auto"
     "How products are computed: changes time and memory, and no number. recomputed takes least memory. Not for kfac."
 

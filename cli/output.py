@@ -88,7 +88,10 @@ def say(text: str) -> None:
 
 def _table(result: cv.Result) -> str:
     operator = result.origin.operator
-    title = f"{operator.get('operator', '')} of {operator.get('model', 'an operator')}, {operator.get('loss', '')}"
+    while "model" not in operator and "of" in operator:  # an inverse, say, of what has one
+        operator = operator["of"]
+    loss = f", {operator['loss']}" if "loss" in operator else ""
+    title = f"{operator.get('operator', '')} of {operator.get('model', 'an operator')}{loss}"
     rows = {title: "", **result.summary()}
     width = max(len(label) for label in result.summary())
     lines = [f"{label:<{width}}  {text}".rstrip() for label, text in rows.items()]
@@ -96,8 +99,12 @@ def _table(result: cv.Result) -> str:
 
 
 def _picture(result: cv.Result, path: Path, style: dict[str, Any]) -> str:
-    """Draw the result to `path`; the words that name it, or none where matplotlib is missing."""
+    """Draw the result to `path`; the words that name it, or none where matplotlib is missing, or a picture of it."""
     try:
+        from curvature.plots import drawable
+
+        if not drawable(result):
+            return ""
         result.save_picture(path, **style)
     except ImportError as error:
         warn(str(error))
