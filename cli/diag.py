@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Literal
 
 from .load import load_operator
@@ -38,4 +37,4 @@ def diag(
     import curvature as cv
 
     A = load_operator(model, task, matrix)
-    deliver(lambda run: cv.diagonal(A, method=method, seed=seed, run=run, **asdict(goal)), output, "diag")
+    deliver(lambda run: cv.diagonal(A, method=method, seed=seed, run=run, **goal.within(output.budget)), output, "diag")

@@ -70,18 +70,22 @@ def landscape(
     seed
         Of the random directions.
     """
-    prepare(output, "landscape")
+    prepare(output, "landscape", products=directions == "hessian")
     import curvature as cv
 
     objective = load_objective(model, task)
     options: dict[str, Any] = {"radius": radius, "crowd": crowd, "norm": norm, **looking(look)}
     options |= {} if points is None else {"points": points}
-    run = cv.positions(objective, [*(load_objective(name, task) for name in trajectory), objective])
+    steps = cv.positions(objective, [*(load_objective(name, task) for name in trajectory), objective])
     others = cv.positions(objective, [load_objective(name, task) for name in toward])
-    ways = _ways(objective, directions, int(axes), others - objective.position, run, scale, seed)
-    style = ({"surface": True} if surface else {}) | ({"trajectory": run} if trajectory else {})
+    style = ({"surface": True} if surface else {}) | ({"trajectory": steps} if trajectory else {})
     ask = {"1": cv.line, "2": cv.plane}[axes]
-    deliver(lambda r: ask(objective, ways, run=r, **options), output, "landscape", **style)
+
+    def measure(run: cv.Run) -> cv.Landscape:
+        ways = _ways(objective, directions, int(axes), others - objective.position, steps, scale, seed, run)
+        return ask(objective, ways, run=run, **options)
+
+    deliver(measure, output, "landscape", **style)
 
 
 def _ways(
@@ -89,9 +93,10 @@ def _ways(
     directions: str,
     count: int,
     given: torch.Tensor,
-    run: torch.Tensor,
+    steps: torch.Tensor,
     scale: Scale,
     seed: int,
+    run: cv.Run,
 ) -> torch.Tensor | cv.Eigenpairs:
     """So many directions: those that are given, then those that --directions names, then random ones."""
     import torch
@@ -101,21 +106,32 @@ def _ways(
     left = count - len(given)
     if left < 0:
         raise Misuse(f"--toward is given {len(given)} times, for {count} axes.", "Leave some out.")
-    if directions == "trajectory" and len(run) < 3:
+    if directions == "trajectory" and len(steps) < 3:
         raise Misuse("--directions trajectory is for the checkpoints of a run.", "Pass --trajectory twice or more.")
     if left == 0:
         return given
     match directions:
         case "hessian":
-            pairs = cv.eigsh(cv.hessian(objective), left, which="both", rtol=RTOL, seed=seed)
+            pairs = _pairs(objective, left, seed, run)
             if left == count:
                 return pairs  # they name the axes
             found = pairs.vectors
         case "gradient":
             found = objective.gradient()[None]
         case "trajectory":
-            found = cv.trajectory(objective, run, count=left).directions
+            found = cv.trajectory(objective, steps, count=left).directions
         case _:
             found = objective.space.empty
     drawn = cv.random_directions(objective, count, scale=None if scale == "none" else scale, seed=seed)
     return torch.cat([given, found, drawn])[:count]
+
+
+def _pairs(objective: cv.Objective, count: int, seed: int, run: cv.Run) -> cv.Eigenpairs:
+    """Those at the ends of the spectrum, all or none."""
+    import curvature as cv
+
+    try:
+        part = run.part("directions")
+        return cv.eigsh(cv.hessian(objective), count, which="both", rtol=RTOL, seed=seed, run=part)
+    except cv.Interrupted as stop:
+        raise KeyboardInterrupt from stop

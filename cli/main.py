@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import importlib
 import importlib.util
 import os
 import signal
 import sys
-import tomllib
 import traceback
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from cyclopts import App, ArgumentCollection, CycloptsError
-from cyclopts.config import Dict
+from cyclopts import App, CycloptsError
 
-from .options import SAFETY
-from .output import say, warn
+from .config import Configured
+from .output import is_due_to, say, warn
 
 OK, INTERNAL, USAGE, UNREADABLE, UNSAFE, NOT_DIFFERENTIABLE, NUMERICAL, RESOURCES = range(8)
-INTERRUPTED, TERMINATED = 130, 143
-CONFIG = "curv.toml"
+GATE_FAILED, INTERRUPTED, TERMINATED = 10, 130, 143
 CODES = {  # by class name, so that no error makes us import torch
     "Misuse": USAGE,
     "BadFile": UNREADABLE,
@@ -32,6 +28,7 @@ CODES = {  # by class name, so that no error makes us import torch
     "NonFinite": NUMERICAL,
     "NotConverged": NUMERICAL,
     "TooLarge": RESOURCES,
+    "GateFailed": GATE_FAILED,
 }
 HELP = """Curvature of the loss of PyTorch models, with honest error bars.
 
@@ -40,10 +37,12 @@ HELP = """Curvature of the loss of PyTorch models, with honest error bars.
 MODEL is demo:digits, demo:digits-cnn or demo:hamlet, a file written by objective.save, weights with --arch, a Hugging \
 Face folder, or code that returns an objective: ./file.py:name or package.module:name.
 
-Defaults of options can be kept in ./curv.toml, one table a command.
+Defaults of options can be kept in ./curv.toml, or [tool.curv] in ./pyproject.toml, at the top or in one table a \
+command, and in variables CURV_OPTION and CURV_COMMAND_OPTION. The command line goes first, then variables, then the \
+file; `curv env --config` tells what is set where.
 
 Exit codes: 0 ok, 1 internal error, 2 usage, 3 file unreadable, 4 refused as unsafe, 5 model or loss cannot be \
-analysed, 6 numerical failure, 7 out of memory or disk, 130 interrupted.
+analysed, 6 numerical failure, 7 out of memory or disk, 10 --fail-on, 130 interrupted.
 """
 COMMANDS = (
     "spectrum",
@@ -78,31 +77,13 @@ def build() -> App:
         help=HELP,
         help_format="plaintext",
         version=_version,
-        config=_configured,
         suppress_keyboard_interrupt=False,  # `run` says what became of the results
     )
+    app.config = (Configured(app, COMMANDS),)
     for command in COMMANDS:
         app.command(getattr(importlib.import_module(f".{command}", __package__), command))
+    app.register_install_completion_command(help="Complete commands and options in this shell from now on.")
     return app
-
-
-def _configured(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Options from ./curv.toml, one table a command; which code of a file may be run is never among them."""
-    try:
-        tables = tomllib.loads(Path(CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:
-        raise CycloptsError(msg=f"{CONFIG} cannot be read: {error}.") from error
-    for name in tables.keys() - set(COMMANDS):
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"Did you mean [{near[0]}]?" if near else "Options go into a table of their command, such as [spectrum]."
-        raise CycloptsError(msg=f"{CONFIG} has {name!r}, which is no command. {hint}")
-    Dict(tables, source=CONFIG)(app, commands, arguments)
-    for argument in arguments:
-        safety = SAFETY in argument.parameter.group  # pyright: ignore[reportOperatorIssue]
-        if safety and any(token.source == CONFIG for token in argument.tokens):
-            raise CycloptsError(msg=f"{argument.name} cannot be set in {CONFIG}: say it for each file that you trust.")
 
 
 def main(tokens: list[str] | None = None) -> NoReturn:
@@ -124,7 +105,7 @@ def run(tokens: list[str]) -> int:
     except KeyboardInterrupt as stop:
         if getattr(stop, "result", None) is None:
             warn("interrupted before there was anything to keep.")
-        return TERMINATED if Terminated in (type(stop), type(stop.__cause__)) else INTERRUPTED
+        return TERMINATED if is_due_to(stop, Terminated) else INTERRUPTED
     except BrokenPipeError:  # whoever read the output, such as `head`, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         return OK

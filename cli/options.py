@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
-TASK, NUMBERS, SAFETY, OUTPUT = (
-    Group(name, sort_key=i) for i, name in enumerate(("Task", "Numbers", "Safety", "Output"))
+TASK, NUMBERS, SAFETY, OUTPUT, GATES = (
+    Group(name, sort_key=i) for i, name in enumerate(("Task", "Numbers", "Safety", "Output", "Gates"))
 )
 
 Positive = Annotated[int, Parameter(validator=Number(gte=1), group=NUMBERS)]
@@ -37,6 +37,23 @@ class Misuse(Exception):
 
 Many = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
 Format = Literal["human", "json", "quiet"]
+Config = Annotated[Path | None, Parameter(name=("--config", "-C"), group=OUTPUT)]
+
+SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+
+def parsed_budget(text: str) -> dict[str, float]:
+    """A budget as 60s, 10m, 2h or 200hvp: the seconds or products that curvature.Budget takes."""
+    parts = re.fullmatch(r"([0-9]+\.?[0-9]*)(s|m|h|hvp)", text)
+    number = float(parts[1]) if parts else 0.0
+    if parts is None or not number or (parts[2] == "hvp" and number % 1):
+        raise ValueError(f"a budget is a time or a number of products, as 60s, 10m, 2h or 200hvp, but got {text}")
+    return {"products": number} if parts[2] == "hvp" else {"seconds": number * SECONDS[parts[2]]}
+
+
+def _checked_budget(type_: object, text: str | None) -> None:
+    if text is not None:
+        parsed_budget(text)
 
 
 @Parameter(name="*", group=TASK)
@@ -130,10 +147,14 @@ class Goal:
     "The same, absolutely."
     level: Tolerance = 0.95
     "Of the interval."
-    max_products: Positive = 10_000
-    "Where to stop without having reached --rtol or --atol."
-    max_seconds: Annotated[float, Parameter(validator=Number(gt=0))] = math.inf
-    "The same in time."
+
+    def within(self, budget: str | None) -> dict[str, Any]:
+        """The options of the library, where no more products are planned than the budget has: the last ones count."""
+        most = {} if budget is None else parsed_budget(budget)
+        if "products" not in most:
+            return asdict(self)
+        count = int(most["products"])
+        return {**asdict(self), "products": min(self.products, count), "max_products": count}
 
 
 @Parameter(name="*", group=OUTPUT)
@@ -147,11 +168,17 @@ class Output:
     "What standard output gets: a table, what result.json holds, or nothing."
     overwrite: Annotated[bool, Parameter(negative=())] = False
     "Replace a result that is already in --out."
-    checkpoint: Path | None = None
-    "A file that keeps what is computed, as it comes: the same command, started again after a kill, goes on from there."
+    budget: Annotated[str | None, Parameter(group=NUMBERS, validator=_checked_budget)] = None
+    "Stop after 60s, 10m, 2h or 200hvp (products), with what there is then. Products stop at the same place every time."
+    resume: Annotated[bool, Parameter(negative=())] = False
+    "Keep what is computed in --out as it comes, and go on from there when the same command is started again."
     progress: Literal["auto", "bar", "log", "none"] = "auto"
     "A bar on terminals, a line every 10 s elsewhere, on standard error."
     threads: Annotated[int | None, Parameter(validator=Number(gte=1))] = None
     "CPU threads; bits may depend on them."
     debug: Annotated[bool, Parameter(negative=())] = False
     "Show the traceback of an error."
+    config: Config = None
+    "A TOML file of defaults, in place of ./curv.toml or [tool.curv] in ./pyproject.toml."
+    fail_on: Annotated[tuple[str, ...], Parameter(group=GATES, negative=(), show_default=False)] = ()
+    "End with exit code 10 where this holds, as 'lambda_max > 100', with >, >=, < or <=; may be repeated."

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .options import Misuse, Output
+from .gates import Gate, check
+from .options import Misuse, Output, parsed_budget
 
 if TYPE_CHECKING:
     import curvature as cv
@@ -22,10 +23,20 @@ FILES = ("result.json", "arrays.safetensors")  # what `Result.save` writes
 PATIENCE = 10.0  # seconds between lines of progress where there is no terminal
 
 
-def prepare(output: Output, command: str) -> None:
-    """Refuse, before any work is done, what could not be written afterwards; set the number of threads."""
+def prepare(output: Output, command: str, *, products: bool = True) -> None:
+    """Refuse, before any work is done, what could not be done or written afterwards; set the number of threads.
+    `products` says whether the command takes any with a matrix."""
+    for gate in output.fail_on:
+        Gate.of(gate)
+    if output.budget is not None and "products" in parsed_budget(output.budget) and not products:
+        raise Misuse(f"curv {command} takes no products with a matrix.", "Give a --budget of time, such as 10m.")
+    if output.resume and output.out is None:
+        raise Misuse("--resume is for work that is kept in --out.", "Pass --out DIR, too.")
     if output.out is not None:
-        _check_folder(output.out, command, output.overwrite)
+        from curvature.io.files import clear_stale
+
+        clear_stale(output.out)
+        _check_folder(output.out, command, output.overwrite or (output.resume and _checkpoint(output.out).exists()))
     if output.threads is not None:
         import torch
 
@@ -44,19 +55,46 @@ def _check_folder(out: Path, command: str, overwrite: bool) -> None:
 
 
 def deliver(measure: Callable[[cv.Run], R], output: Output, command: str, **style: Any) -> R:
-    """Measure under a progress display and emit the result; after an interrupt what there is, then the interrupt.
-    `style` is how the picture is drawn."""
-    from curvature import Interrupted
+    """Measure under a progress display and emit the result; after an interrupt, or at the end of the budget, what there
+    is then. An interrupt is raised again. Then the gates are asked. `style` is how the picture is drawn."""
+    from curvature import Interrupted, TooLarge
+    from curvature.progress import Spent
 
+    go_on = " The same command goes on." if output.resume else ""
     try:
         with _display(output) as run:
             result = measure(run)
     except Interrupted as stop:
         emit(stop.result, output, command, **style)
-        warn("interrupted: this is what was measured until then.")
+        if not is_due_to(stop, Spent):
+            warn(f"interrupted: this is what was measured until then.{go_on}")
+            raise
+        warn(f"the budget of {output.budget} is spent: this is what was measured until then.{go_on}")
+        result = stop.result
+    except KeyboardInterrupt as stop:
+        if is_due_to(stop, Spent):
+            cause = f"The budget of {output.budget} was spent before there was anything to tell."
+            raise TooLarge(cause, go_on.strip() or "Give more.") from stop
         raise
-    emit(result, output, command, **style)
+    else:
+        emit(result, output, command, **style)
+        if output.resume and output.out is not None:
+            for path in output.out.glob(f"{_checkpoint(output.out).name}*"):
+                path.unlink()
+    for close in check(result, output.fail_on):
+        warn(close)
     return result
+
+
+def is_due_to(stop: BaseException | None, kind: type[BaseException]) -> bool:
+    """Whether that kind of interrupt is behind this one."""
+    while stop is not None and not isinstance(stop, kind):
+        stop = stop.__cause__
+    return stop is not None
+
+
+def _checkpoint(out: Path) -> Path:
+    return out / "checkpoint"
 
 
 def emit(result: cv.Result, output: Output, command: str, **style: Any) -> None:
@@ -115,18 +153,20 @@ def _picture(result: cv.Result, path: Path, style: dict[str, Any]) -> str:
 @contextmanager
 def _display(output: Output) -> Iterator[cv.Run]:
     """A Run whose progress is a bar on a terminal, a line now and then elsewhere, or nothing."""
-    from curvature import Run
+    from curvature import Budget, Run
 
+    checkpoint = _checkpoint(output.out) if output.resume and output.out is not None else None
+    budget = None if output.budget is None else Budget(**parsed_budget(output.budget))
     kind = output.progress
     if kind == "auto":
         kind = "none" if output.format == "quiet" else "bar" if sys.stderr.isatty() else "log"
     if kind == "none":
-        yield Run(checkpoint=output.checkpoint)
+        yield Run(checkpoint=checkpoint, budget=budget)
     elif kind == "log":
-        yield Run(progress=_Log(), checkpoint=output.checkpoint)
+        yield Run(progress=_Log(), checkpoint=checkpoint, budget=budget)
     else:
         with _bar() as progress:
-            yield Run(progress=progress, checkpoint=output.checkpoint)
+            yield Run(progress=progress, checkpoint=checkpoint, budget=budget)
 
 
 class _Log:

@@ -63,7 +63,7 @@ def path(
     seed
         Of training the bends, and of the alignment.
     """
-    prepare(output, "path")
+    prepare(output, "path", products=False)
     import curvature as cv
 
     start, end = load_objective(model, task), load_objective(other, task)

@@ -41,7 +41,7 @@ def roughness(
     seed
         Of the random directions.
     """
-    prepare(output, "roughness")
+    prepare(output, "roughness", products=False)
     import curvature as cv
 
     objective = load_objective(model, task)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Literal
 
 from .load import load_operator, question_of
@@ -42,4 +41,4 @@ def trace(
 
     A = load_operator(model, task, matrix)
     ask = question_of(cv.trace, A, by)
-    deliver(lambda run: ask(method=method, seed=seed, run=run, **asdict(goal)), output, "trace")
+    deliver(lambda run: ask(method=method, seed=seed, run=run, **goal.within(output.budget)), output, "trace")

@@ -125,6 +125,7 @@ from curvature.probes.worst_case import WorstCase as WorstCase
 from curvature.probes.worst_case import adaptive_sharpness as adaptive_sharpness
 from curvature.probes.worst_case import keskar_sharpness as keskar_sharpness
 from curvature.probes.worst_case import sam_sharpness as sam_sharpness
+from curvature.progress import Budget as Budget
 from curvature.progress import Progress as Progress
 from curvature.progress import Run as Run
 from curvature.result import Cost as Cost

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from curvature.errors import BadFile, TooLarge
 
+TEMPORARY = ".tmp-"  # and then the process that writes
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -26,7 +27,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | Callable[[Binar
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise BadFile(f"{path} is not a file that can be replaced.", "Choose another name to write to.")
-    temporary = target.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = target.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb") as file:
             if callable(data):
@@ -42,6 +43,25 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | Callable[[Binar
     finally:
         with contextlib.suppress(OSError):  # gone already, when the rename succeeded
             os.unlink(temporary)
+
+
+def clear_stale(folder: str | os.PathLike[str]) -> None:
+    """Remove from `folder` what processes that were killed left of their writing."""
+    for path in Path(folder).glob(f"{TEMPORARY}*"):
+        pid = path.name.removeprefix(TEMPORARY).partition("-")[0]
+        if pid.isdecimal() and not _runs(int(pid)):
+            with contextlib.suppress(OSError):  # somebody else's, or gone already
+                path.unlink()
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def raise_naming(path: str | os.PathLike[str], written: Path, error: Exception) -> None:

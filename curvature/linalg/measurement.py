@@ -129,6 +129,7 @@ class Measurement(Work):
     def _checked(self, A: LinearOperator, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k m"]:
         if self.products == 0:
             describe(self.operator)  # hashes model and data: should that fail, then before the work
+        self.run.spend(len(rows))
         self.products += len(rows)
         product = A.apply(rows).detach()  # of a matrix that is a parameter, say
         if not torch.isfinite(product).all():

@@ -52,11 +52,12 @@ class Work:
 
     def piece(self, compute: Callable[[], Record]) -> Record:
         """What `compute` returns; where the checkpoint holds that, what it says."""
-        if self.run.checkpoint is None:
-            return compute()
-        if self._peek() is not None:
+        if self.run.checkpoint is not None and self._peek() is not None:
             return self._taken()
+        self.run.spend()
         record = compute()
+        if self.run.checkpoint is None:
+            return record
         self._append(record)
         return record
 

@@ -74,7 +74,7 @@ def subsampled(
     described = describe(matrix(objective))
     try:
         for index, (part, drawn) in enumerate(zip(parts, seeds, strict=True)):
-            own = Run(checkpoint=None if run.checkpoint is None else f"{run.checkpoint}.{index}")
+            own = replace(run.part(str(index)), progress=None)
             estimate = question(matrix(part), seed=drawn, run=own, **options)
             if (asked := estimate.origin.question) not in LINEAR:
                 raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -25,7 +25,7 @@ ALPHAS = (0.5, 2.0)  # powers of 2: the scaled network rounds as the given one d
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Sharpness(Result):
     """A table of measures: `values` (m,) of those in `names`, and their standard errors `stderrs` (m,), NaN where
-    nothing is random.
+    nothing is random; `bounds` (m,) are of what no repetition shows, such as the residual of an eigenvalue.
 
     `invariant` says whether theory has a measure unchanged where the weights of ReLU networks are scaled without
     changing the function, and `changes` (m,) by how much at most it changed, relatively, where that was tried.
@@ -35,6 +35,7 @@ class Sharpness(Result):
     names: tuple[str, ...]
     values: Float[Tensor, " m"]
     stderrs: Float[Tensor, " m"]
+    bounds: Float[Tensor, " m"]
     invariant: tuple[bool, ...]
     changes: Float[Tensor, " m"] | None = None
     left_out: tuple[str, ...] = ()
@@ -56,8 +57,9 @@ class Sharpness(Result):
         return rows | ({"left out": "; ".join(self.left_out)} if self.left_out else {})
 
     def quantities(self) -> dict[str, Quantity]:
-        columns = self.names, self.values.tolist(), self.stderrs.nan_to_num(0.0).tolist()
-        return {name: Quantity(value, stderr) for name, value, stderr in zip(*columns, strict=True)}
+        columns = (column.tolist() for column in (self.values, self.stderrs.nan_to_num(0.0), self.bounds))
+        rows = zip(self.names, *columns, strict=True)
+        return {name: Quantity(value, stderr, bound=bound) for name, value, stderr, bound in rows}
 
     __repr__ = Result.__str__
 
@@ -118,12 +120,12 @@ def sharpness(
 
     try:
         for place, at in enumerate(objectives):
-            setting = Setting(at, rho, sigma, samples, products, seed, Run(progress=work.run.progress))
+            setting = Setting(at, rho, sigma, samples, products, seed, replace(work.run, checkpoint=None))
             for done, name in enumerate(measures, 1):
                 record = work.piece(lambda name=name, setting=setting: _taken(MEASURES[name], setting))
                 if "values" in record:
                     work.products += int(record["products"])
-                    table.setdefault(name, []).append((record["values"].cpu(), record["stderrs"].cpu()))
+                    table.setdefault(name, []).append(Numbers(*(record[kind].cpu() for kind in Numbers._fields)))
                 elif not place:
                     left_out.append(f"{name}: {bytes(record['reason'].tolist()).decode()}")
                 work.report(place * len(measures) + done, total, name, "measures")
@@ -140,8 +142,7 @@ def _taken(measure: Measure, setting: Setting) -> Record:
         answer = measure.ask(setting)
     except (CurvatureError, ValueError) as reason:
         return {"reason": torch.tensor(list(str(reason).encode()), dtype=torch.uint8)}
-    values, stderrs = (t.double() for t in measure.read(answer))
-    return {"values": values, "stderrs": stderrs, "products": torch.tensor(answer.cost.products)}
+    return {**measure.read(answer)._asdict(), "products": torch.tensor(answer.cost.products)}
 
 
 def _tabled(
@@ -149,12 +150,14 @@ def _tabled(
 ) -> Sharpness:
     """The rows of all measures that were taken."""
     rows = {name: MEASURES[name].rows or (name,) for name in table}
-    values, stderrs = (torch.cat([*(found[0][i] for found in table.values()), torch.zeros(0)]) for i in (0, 1))
-    changes = [_change([values for values, _ in found]) for found in table.values()]
+    columns = {
+        kind: torch.cat([*(found[0]._asdict()[kind] for found in table.values()), torch.zeros(0)])
+        for kind in Numbers._fields
+    }
+    changes = [_change([numbers.values for numbers in found]) for found in table.values()]
     return Sharpness(
         names=tuple(row for name in table for row in rows[name]),
-        values=values,
-        stderrs=stderrs,
+        **columns,
         invariant=tuple(MEASURES[name].invariant for name in table for _ in rows[name]),
         changes=torch.cat(changes) if compared and changes else None,
         left_out=tuple(left_out),

@@ -568,12 +568,14 @@ def test_impossible_questions(refused):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("[trace]\nprodcts = 3\n", "Did you mean --products?"),
+        ("[trace]\nprodcts = 3\n", "has 'trace.prodcts', which is no option. Did you mean trace.products?"),
+        ("[eig]\nxyzzy = 3\n", "Options are at the top, or in a table of their command"),
         ("[trce]\nproducts = 3\n", "Did you mean [trace]?"),
-        ("products = 3\n", "Options go into a table of their command"),
+        ("prodcts = 3\n", "Did you mean products?"),
+        ("trust = true\n", "--trust cannot be set in curv.toml"),
         ("[trace]\nproducts = 'many'\n", "many"),
         ("[trace\n", "curv.toml cannot be read: Expected ']'"),
-        ("trace = 3\n", "must be a mapping"),
+        ("trace = 3\n", "options of a command are in [trace]"),
         ("\x00", "curv.toml cannot be read"),
         ("[trace]\nformat = 'jsn'\n", 'Did you mean "json"?'),
     ],

@@ -562,5 +562,5 @@ def test_a_reader_that_has_read_enough_is_no_error(folder):
 def test_a_trace_goes_on_until_its_tolerance_is_reached_and_says_so(curv):
     told = parsed(curv("trace", *OBJECTIVE, "--rtol", 0.3, "--format", "json").out)
     assert told["converged"] is True and told["origin"]["options"]["rtol"] == 0.3
-    few = parsed(curv("trace", *OBJECTIVE, "--rtol", 1e-9, "--max-products", 8, "--format", "json").out)
+    few = parsed(curv("trace", *OBJECTIVE, "--rtol", 1e-9, "--budget", "8hvp", "--format", "json").out)
     assert few["converged"] is False and few["cost"]["products"] <= 8
