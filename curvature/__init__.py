@@ -2,6 +2,8 @@
 
 from curvature import optim as optim
 from curvature.assets import demo as demo
+from curvature.comparison import Comparison as Comparison
+from curvature.comparison import compare as compare
 from curvature.diagnostics.stability import StableRates as StableRates
 from curvature.diagnostics.stability import stable_learning_rates as stable_learning_rates
 from curvature.diagnostics.subspace import GradientShare as GradientShare
@@ -128,6 +130,8 @@ from curvature.probes.worst_case import sam_sharpness as sam_sharpness
 from curvature.progress import Budget as Budget
 from curvature.progress import Progress as Progress
 from curvature.progress import Run as Run
+from curvature.reporting.report import Report as Report
+from curvature.reporting.report import report as report
 from curvature.result import Cost as Cost
 from curvature.result import Estimate as Estimate
 from curvature.result import Origin as Origin

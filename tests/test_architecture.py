@@ -11,13 +11,14 @@ from curvature.objective.losses import CLASSES
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"errors", "progress", "io", "result"},
+    {"errors", "progress", "io", "result", "comparison"},
     {"linalg"},
     {"objective"},
     {"operators"},
     {"uses", "probes", "optim"},
     {"diagnostics"},
     {"plots", "assets"},
+    {"reporting"},
 )
 PLACE = {name: i for i, names in enumerate(LAYERS) for name in names}
 FILES = sorted(p for p in (ROOT / "curvature").rglob("*.py") if p != ROOT / "curvature" / "__init__.py")

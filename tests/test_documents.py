@@ -42,6 +42,7 @@ def test_every_public_name_is_in_the_readme():
         "optim",
         "probes",
         "progress",
+        "reporting",
         "result",
         "uses",
     }

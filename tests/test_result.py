@@ -72,6 +72,7 @@ KINDS = {
     "worst case": lambda: cv.sam_sharpness(SMALL),
     "flatness": lambda: cv.pac_bayes_flatness(SMALL, samples=3),
     "critical sharpness": lambda: cv.critical_sharpness(SMALL),
+    "report": lambda: cv.report(SMALL, questions=("eigenvalues", "layers", "gradient"), k=2),
     "stable rates": lambda: cv.stable_learning_rates(SMALL),
     "gradient share": lambda: cv.gradient_share(SMALL, cv.eigsh(cv.hessian(SMALL), 2)),
     "sharpness": lambda: cv.sharpness(SMALL, measures=("trace", "sam", "filter"), invariance=True),
@@ -89,7 +90,8 @@ EVERY = pytest.mark.parametrize("make", KINDS.values(), ids=list(KINDS))
 def bits(value):
     """What decides about equality to the last bit, NaN included."""
     if isinstance(value, torch.Tensor):
-        raw = value.detach().contiguous().flatten().view(torch.uint8).tolist() if value.numel() else []
+        raw = value.detach().flatten().clone(memory_format=torch.contiguous_format)
+        raw = raw.view(torch.uint8).tolist() if value.numel() else []
         return str(value.dtype), tuple(value.shape), raw
     if isinstance(value, cv.Result):
         return [bits(getattr(value, field.name)) for field in dataclasses.fields(value)]

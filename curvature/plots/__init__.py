@@ -5,11 +5,13 @@ Needs the extra `plot`; importing this module without matplotlib raises an error
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from functools import singledispatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from curvature.comparison import Comparison
 from curvature.linalg.eigenpairs import Eigenpairs
 from curvature.linalg.spectrum import SpectralDensity
 from curvature.operators.by_layer import ByLayer
@@ -33,9 +35,32 @@ def save_picture(result: Result, path: Path, *, surface: bool = False, **style: 
     """Draw `result` into a file, on a figure that no window and no global state knows of."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=SIZE, layout="constrained")
-    plot(result, figure.add_subplot(projection="3d" if surface else None), **style)
+    if isinstance(result, Comparison) and (both := _landscapes(result)):
+        figure = compare(both, figure=Figure(layout="constrained"), **style)
+    else:
+        figure = Figure(figsize=SIZE, layout="constrained")
+        plot(result, figure.add_subplot(projection="3d" if surface else None), **style)
     figure.savefig(path, dpi=150)
+
+
+def _landscapes(result: Comparison) -> dict[str, Landscape]:
+    """Those that are compared, by name, where they are of one kind and can be drawn on one scale."""
+    found = {name: r for name, r in zip(result.labels, result.results, strict=True) if isinstance(r, Landscape)}
+    kinds = {landscape.loss.ndim for landscape in found.values()}
+    return found if len(found) == 2 and kinds in ({1}, {2}) else {}
+
+
+def svg(result: Result) -> str:
+    """The picture of `result` as an SVG element for a page: the same numbers give the same text."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    figure, written = Figure(figsize=SIZE, layout="constrained"), io.StringIO()
+    plot(result, figure.add_subplot())
+    with rc_context({"svg.hashsalt": "curvature"}):
+        figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
+    drawn = written.getvalue()
+    return drawn[drawn.index("<svg") :]
 
 
 @singledispatch
@@ -119,6 +144,13 @@ def _(result: Influence, ax: Axes | None = None, **style: Any) -> Axes:
     return draw_influence(result, new_axes() if ax is None else ax, **style)
 
 
+@plot.register(Comparison)
+def _(result: Comparison, ax: Axes | None = None, **style: Any) -> Axes:
+    from curvature.plots.comparison import draw_comparison
+
+    return draw_comparison(result, new_axes() if ax is None else ax, **style)
+
+
 def interactive(result: Landscape) -> PlotlyFigure:
     """A plotly figure of a landscape: a curve, a surface that can be turned, or the nested surfaces of a volume."""
     from curvature.plots.browser import turnable
@@ -126,11 +158,12 @@ def interactive(result: Landscape) -> PlotlyFigure:
     return turnable(result)
 
 
-def compare(results: Mapping[str, Landscape], **style: Any) -> Figure:
-    """A figure of landscapes by name: lines on common axes, planes beside each other on one scale of colours."""
+def compare(results: Mapping[str, Landscape], *, figure: Figure | None = None, **style: Any) -> Figure:
+    """A figure of landscapes by name, a new one unless it is given: lines on common axes, planes beside each other on
+    one scale of colours."""
     from curvature.plots.landscape import compare_landscapes
 
-    return compare_landscapes(results, **style)
+    return compare_landscapes(results, figure, **style)
 
 
 @plot.register(Estimate)

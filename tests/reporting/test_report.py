@@ -1,0 +1,162 @@
+"""Reports: their answers are those of the questions asked one by one, and the page is safe and stands by itself."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from objectives import zoo
+
+import curvature as cv
+from curvature.reporting.report import QUESTIONS
+
+CASE = next(case for case in zoo() if case.name == "classifier")
+SMALL: Any = {"k": 3, "probes": 2, "steps": 8, "products": 8, "points": 3}
+CHEAP = tuple(name for name in QUESTIONS if name != "sharpness")
+LOADS = {"src", "href", "xlink:href", "action", "srcset", "data", "poster"}
+
+
+class Page(HTMLParser):
+    """What is on a page: its tags, where they point, and that each that is opened is closed."""
+
+    VOID = ("meta", "br", "hr", "img", "link", "input")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.open: list[str] = []
+        self.policy = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in LOADS]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        assert not any(name.startswith("on") for name, _ in attrs)
+        if ("http-equiv", "Content-Security-Policy") in attrs:
+            self.policy = dict(attrs)["content"] or ""
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def whole() -> cv.Report:
+    return cv.report(CASE.objective((4, 5)), questions=CHEAP, **SMALL)
+
+
+def test_the_answers_are_those_of_each_question(whole):
+    objective = CASE.objective((4, 5))
+    H = cv.hessian(objective)
+    pairs = cv.eigsh(H, 3, rtol=1e-3)
+    assert whole.names == CHEAP and whole.left_out == () and whole.loss == float(objective.value())
+    assert torch.equal(whole["spectrum"].nodes, cv.spectral_density(H, probes=2, steps=8).nodes)
+    assert torch.equal(whole["eigenvalues"].values, pairs.values)
+    assert torch.equal(whole["gradient"].value, cv.gradient_share(objective, pairs).value)
+    assert torch.equal(whole["rates"].value, cv.stable_learning_rates(objective).value)
+    assert torch.equal(whole["traces"]["0"].value, cv.by_layer(cv.trace, H, products=8)["0"].value)
+    assert float(whole["layers"]["0"].values) == float(cv.by_layer(cv.eigsh, H, k=1, rtol=1e-3)["0"].values)
+    ends = cv.eigsh(H, 2, which="both", rtol=1e-3)
+    assert torch.equal(whole["landscape"].loss, cv.plane(objective, ends, points=3).loss)
+    assert whole.quantities()["eigenvalues.lambda_max"].value == float(pairs.values[0])
+
+
+def test_a_page_is_well_formed_and_loads_nothing(whole):
+    page = Page(whole.page(command="curv report model.pt --out run"))
+    assert "script" not in page.tags and "default-src 'none'" in page.policy
+    assert all(link.startswith("#") for link in page.links)
+    assert len(set(page.ids)) == len(page.ids)
+    assert {link[1:] for link in page.links} <= set(page.ids)
+    assert page.tags.count("section") == len(CHEAP) + 1
+    assert page.tags.count("svg") == len(CHEAP)
+    assert "curv report model.pt --out run" in whole.page(command="curv report model.pt --out run")
+
+
+def test_the_same_report_makes_the_same_page(whole):
+    assert whole.page() == whole.page()
+
+
+def test_pictures_are_drawn_as_xml(whole):
+    page = whole.page()
+    for piece in page.split("<svg")[1:]:
+        ElementTree.fromstring("<svg" + piece[: piece.index("</svg>") + 6])
+
+
+def test_a_saved_report_comes_back_with_its_page(whole, tmp_path):
+    again = cv.Report.load(whole.save(tmp_path / "run"))
+    assert again.names == whole.names and torch.equal(again["landscape"].loss, whole["landscape"].loss)
+    assert again.page() == whole.save_page(tmp_path / "report.html").read_text()
+
+
+def test_names_of_layers_are_text_and_no_markup():
+    class Hostile(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.add_module("<script>alert(1)</script>", torch.nn.Linear(4, 3).double())
+
+        def forward(self, x):
+            return next(iter(self.children()))(x)
+
+    Hostile.__name__ = "<img src=x onerror=alert(1)>\x1b[31m"
+    objective = cv.Objective.of(Hostile(), "cross-entropy", (CASE.inputs, CASE.targets))
+    page = Page(text := cv.report(objective, questions=("layers", "traces"), **SMALL).page())
+    assert "script" not in page.tags and "img" not in page.tags and "\x1b" not in text
+
+
+def test_what_has_no_answer_is_left_out_with_the_reason(monkeypatch):
+    def fails(setting, run):
+        raise cv.NotConverged("It went on and on.")
+
+    monkeypatch.setitem(QUESTIONS, "rates", fails)
+    found = cv.report(CASE.objective(), questions=("rates", "eigenvalues"), **SMALL)
+    assert found.names == ("eigenvalues",) and found.left_out == ("rates: It went on and on.",)
+    assert "It went on and on" in found.page() and "It went on and on" in found.summary()["left out"]
+
+
+def test_what_cannot_be_analysed_is_refused_at_once():
+    with pytest.raises(cv.NonFinite):
+        cv.report(CASE.objective().at(CASE.flat * torch.nan), **SMALL)
+
+
+def test_an_interrupt_keeps_what_there_is():
+    def stop(progress: cv.Progress) -> None:
+        if progress.note.startswith("traces"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(cv.Interrupted) as caught:
+        cv.report(CASE.objective(), questions=("eigenvalues", "traces"), run=cv.Run(progress=stop), **SMALL)
+    found = caught.value.result
+    assert not found.complete and "eigenvalues" in found.names and "Interrupted" in found.page()
+
+
+def test_a_checkpoint_gives_the_same_bits(whole, tmp_path):
+    objective = CASE.objective((4, 5))
+    for _ in range(2):
+        run = cv.Run(checkpoint=tmp_path / "kept")
+        found = cv.report(objective, questions=("spectrum", "landscape"), run=run, **SMALL)
+        assert torch.equal(found["spectrum"].nodes, whole["spectrum"].nodes)
+        assert torch.equal(found["landscape"].loss, whole["landscape"].loss)
+    assert (tmp_path / "kept.spectrum").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"questions": ("spektrum",)}, "but got spektrum"), ({"points": 4}, "odd"), ({"k": 0}, "positive")],
+)
+def test_what_makes_no_sense_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        cv.report(CASE.objective(), **options)
