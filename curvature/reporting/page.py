@@ -68,7 +68,7 @@ pre { background: #f5f5f5; padding: 0.8rem; overflow-x: auto; }
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def page_of(report: Report, command: str) -> str:
+def page_of(report: Report, made_by: str) -> str:
     """The page, in UTF-8."""
     facts = report.origin.operator
     title = f"Curvature of {facts['model']}"
@@ -78,7 +78,7 @@ def page_of(report: Report, command: str) -> str:
         _warnings(report),
         _table({"loss": f"{report.loss:.6g}", **_at_a_glance(report)}),
         *(_section(name, result) for name, result in zip(report.names, report.results, strict=True)),
-        _again(report, command),
+        _again(report, made_by),
     ]
     return (
         f"<!DOCTYPE html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n<title>{_text(title)}</title>\n"
@@ -140,7 +140,7 @@ def _picture(name: str, result: Result) -> str:
     return re.sub(r'(id="|xlink:href="#|url\(#)', rf"\g<1>{name}-", svg(result))
 
 
-def _again(report: Report, command: str) -> str:
+def _again(report: Report, made_by: str) -> str:
     """How to obtain this again: the command or the call, and what it depends on."""
     origin = report.origin
     options = ", ".join(f"{name}={value!r}" for name, value in {**origin.options, "seed": origin.seed}.items())
@@ -148,7 +148,7 @@ def _again(report: Report, command: str) -> str:
     facts: dict[str, Any] = {**origin.operator, "threads": origin.threads, "versions": origin.versions}
     return (
         "<section id='again'><h2>How to obtain this again</h2>"
-        + (f"<pre>{_text(command)}</pre>" if command else "")
+        + (f"<pre>{_text(made_by)}</pre>" if made_by else "")
         + f"<pre>{_text(call)}</pre><pre>{_text(json.dumps(facts, indent=1, default=str))}</pre>"
         f"<p class='note'>{_text(report.cost)}. All numbers are in result.json beside this page.</p></section>"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,16 +58,16 @@ class Report(Result):
         numbers = {f"{name}.{label}": q for name, result in both for label, q in result.quantities().items()}
         return {"loss": Quantity(self.loss)} | numbers
 
-    def page(self, *, command: str = "") -> str:
-        """One HTML page with tables, pictures and how to obtain it again, `command` if it was made by one: it loads
+    def page(self, *, made_by: str = "") -> str:
+        """One HTML page with tables, pictures and how to obtain it again, `made_by` if that was a command: it loads
         nothing and runs nothing. Pictures need the extra `plot`; without it there are tables only."""
         from curvature.reporting.page import page_of
 
-        return page_of(self, command)
+        return page_of(self, made_by)
 
-    def save_page(self, path: str | Path, *, command: str = "") -> Path:
+    def save_page(self, path: str | Path, *, made_by: str = "") -> Path:
         """Write the page into a file; returns its path."""
-        write_atomically(path, self.page(command=command).encode())
+        write_atomically(path, self.page(made_by=made_by).encode())
         return Path(path)
 
     def _repr_html_(self) -> str:
@@ -217,4 +217,4 @@ def _part(run: Run | None, name: str, place: int, total: int) -> Run | None:
         note = f"{name}, {progress.done}/{progress.total} {progress.unit}, {progress.note}"
         run.report(Progress("report", place, total, "questions", note, progress.left))
 
-    return Run(progress=told, checkpoint=None if run.checkpoint is None else f"{run.checkpoint}.{name}")
+    return replace(run.part(name), progress=told)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from html.parser import HTMLParser
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import torch
 from objectives import zoo
+from pages import Page
 
 import curvature as cv
 from curvature.reporting.report import QUESTIONS
@@ -16,42 +16,6 @@ from curvature.reporting.report import QUESTIONS
 CASE = next(case for case in zoo() if case.name == "classifier")
 SMALL: Any = {"k": 3, "probes": 2, "steps": 8, "products": 8, "points": 3}
 CHEAP = tuple(name for name in QUESTIONS if name != "sharpness")
-LOADS = {"src", "href", "xlink:href", "action", "srcset", "data", "poster"}
-
-
-class Page(HTMLParser):
-    """What is on a page: its tags, where they point, and that each that is opened is closed."""
-
-    VOID = ("meta", "br", "hr", "img", "link", "input")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.links: list[str] = []
-        self.ids: list[str] = []
-        self.open: list[str] = []
-        self.policy = ""
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.links += [value or "" for name, value in attrs if name in LOADS]
-        self.ids += [value or "" for name, value in attrs if name == "id"]
-        assert not any(name.startswith("on") for name, _ in attrs)
-        if ("http-equiv", "Content-Security-Policy") in attrs:
-            self.policy = dict(attrs)["content"] or ""
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in self.VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +40,14 @@ def test_the_answers_are_those_of_each_question(whole):
 
 
 def test_a_page_is_well_formed_and_loads_nothing(whole):
-    page = Page(whole.page(command="curv report model.pt --out run"))
+    page = Page(whole.page(made_by="curv report model.pt --out run"))
     assert "script" not in page.tags and "default-src 'none'" in page.policy
     assert all(link.startswith("#") for link in page.links)
     assert len(set(page.ids)) == len(page.ids)
     assert {link[1:] for link in page.links} <= set(page.ids)
     assert page.tags.count("section") == len(CHEAP) + 1
     assert page.tags.count("svg") == len(CHEAP)
-    assert "curv report model.pt --out run" in whole.page(command="curv report model.pt --out run")
+    assert "curv report model.pt --out run" in whole.page(made_by="curv report model.pt --out run")
 
 
 def test_the_same_report_makes_the_same_page(whole):
