@@ -55,6 +55,8 @@ COMMANDS = (
     "path",
     "ihvp",
     "influence",
+    "compare",
+    "report",
     "inspect",
     "env",
 )

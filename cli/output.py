@@ -49,7 +49,7 @@ def _check_folder(out: Path, command: str, overwrite: bool) -> None:
         raise Misuse(f"{place} is not a folder, which --out takes.", "Give another --out.")
     if not os.access(place, os.W_OK | os.X_OK):
         raise Misuse(f"Nothing can be written in {place}.", "Check its permissions, or give another --out.")
-    present = [name for name in (*FILES, f"{command}.png") if (out / name).exists()]
+    present = [name for name in (*FILES, f"{command}.png", f"{command}.html") if (out / name).exists()]
     if present and not overwrite:
         raise Misuse(f"{out} already holds {', '.join(present)}.", "Pass --overwrite, or another --out.")
 
@@ -103,8 +103,8 @@ def emit(result: cv.Result, output: Output, command: str, **style: Any) -> None:
     try:
         if output.out is not None:
             folder = result.save(output.out)
-            picture = _picture(result, folder / f"{command}.png", style)
-            note = f"Written to {folder}: {', '.join(FILES)}{picture}"
+            view = _view(result, folder, command, style)
+            note = f"Written to {folder}: {', '.join(FILES)}{view}"
     finally:
         if output.format == "json":
             print(json.dumps(result.to_dict(), allow_nan=False))
@@ -136,8 +136,14 @@ def _table(result: cv.Result) -> str:
     return "\n".join([*lines, f"{'cost':<{width}}  {result.cost}"])
 
 
-def _picture(result: cv.Result, path: Path, style: dict[str, Any]) -> str:
-    """Draw the result to `path`; the words that name it, or none where matplotlib is missing, or a picture of it."""
+def _view(result: cv.Result, folder: Path, command: str, style: dict[str, Any]) -> str:
+    """Write the page of a report, or the picture of anything else; the words that name it, or none where matplotlib
+    is missing, or a picture of it."""
+    import curvature as cv
+
+    if isinstance(result, cv.Report):
+        return f", {result.save_page(folder / 'report.html', **style).name}"
+    path = folder / f"{command}.png"
     try:
         from curvature.plots import drawable
 
