@@ -96,6 +96,11 @@ class Batches:
         """The same batches up to so many examples, the last one cut."""
         return replace(self, source=_First(self, examples))
 
+    def extent(self) -> tuple[int, int]:
+        """How many batches there are, and how many examples in them."""
+        sizes = [leading(batch) or 1 for batch in self]
+        return len(sizes), sum(sizes)
+
     def separate(self) -> Iterator[Batches]:
         """Every batch by itself."""
         for index, batch in enumerate(self):

@@ -1,49 +1,50 @@
-"""The cheap check an objective passes before the first product is believed.
+"""The cheap check an objective passes before the first product is believed, made of probes that a doctor can list.
 
 Stock torch returns silently wrong second derivatives in places (backwards that are not differentiable themselves but do
 not say so), and noisy or non-finite objectives give spectra without meaning. On the first batch, at the cost of about
-ten gradients, this finds them.
+ten gradients, this finds them, and the part of the model where they are.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from curvature.errors import BadObjective, CurvatureError, NonFinite, TooLarge, one_line
-from curvature.objective.batches import halves, leading, moved, shortened, stored_values
-from curvature.objective.products import gradient_graph, gradient_of, hessian_product
+from curvature.errors import BadObjective, CurvatureError, NonFinite, TooLarge, listing, one_line
+from curvature.objective.batches import halves, leading, moved, stored_values
+from curvature.objective.blame import REFUSING, Replay, nodes_of
+from curvature.objective.difference import DIFFERENCE, ROUNDING, SYMMETRY, asymmetry, difference, norm
+from curvature.objective.products import gradient_graph
 
 if TYPE_CHECKING:
     from curvature.objective.objective import Objective
 
-SYMMETRY = {torch.float32: 1e-3, torch.float64: 1e-8}  # healthy networks show 1e-5 and 1e-12
-DIFFERENCE = 1e-2  # products against differences of float64 gradients: healthy ones agree to 1e-6, wrong ones to 0.2
-STEPS = (1e-7, 1e-4, 1e-9, 1e-11, 1e-11)  # of these differences, relative to the norm of the parameters
-BESIDE = 1e-2  # how far from the parameters they are taken, likewise: a bias of zero may lie exactly on a kink
-EXAMPLES = 8  # of the first batch, for these differences
-ROUNDING = 100  # units by which what is equal may differ
-REFUSING = ("torch::autograd::Error", "torch::autograd::NotImplemented", "Error", "NotImplemented")
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")  # written in training, and not computed with
+STEPPING = 1e-4  # how far off a product may be where a call writes to buffers: what it then does has no derivative
 TWICE = ("derivative for", "differentiate twice", "double backward")
+FIXES = {  # words of torch -> what to do
+    "modified by an inplace operation": "Do not change its result in place: x = x + 1 for x += 1, inplace=False.",
+    "FlexAttention": "Take another attention: attn_implementation='eager', or scaled_dot_product_attention.",
+}
 
 
 @dataclass(frozen=True)
 class Health:
     """What the check found in a healthy objective.
 
-    `rewrites` counts by name what was replaced to be twice differentiable; `unused` are selected parameters that the
-    loss of the first batch does not depend on; `difference` is the relative difference between a Hessian product and
-    a finite difference of gradients in float64, None when the model cannot be run in float64; `example_bytes` is the
-    memory that the graph of a gradient holds for each example, and `example_tensor` that of its tensors, one with
-    another: the mean over bytes of how many bytes the tensor has that they are in. `altered` are layers, with the
-    reason, whose parameters turned out not to be known by what goes through them: whoever finds out adds them.
+    `rewrites` counts by name what was replaced in a pass to be twice differentiable; `unused` are selected parameters
+    that the loss of the first batch does not depend on; `difference` is the relative difference between a Hessian
+    product and a finite difference of gradients in float64, None when the model cannot be run in float64;
+    `example_bytes` is the memory that the graph of a gradient holds for each example, and `example_tensor` that of its
+    tensors, one with another: the mean over bytes of how many bytes the tensor has that they are in. `altered` are
+    layers, with the reason, whose parameters turned out not to be known by what goes through them: whoever finds out
+    adds them.
     """
 
     rewrites: Mapping[str, int] = field(default_factory=dict)
@@ -58,8 +59,77 @@ class Health:
         return replace(self, unused=tuple(name for name in self.unused if name in names))
 
 
+class Seen(NamedTuple):
+    """What a probe saw where nothing is wrong: a sentence, and what to do where it is worth doing something.
+
+    `open` says that the question could not be answered.
+    """
+
+    text: str
+    advice: str = ""
+    open: bool = False
+
+
+@dataclass
+class Examination:
+    """What is known of an objective while it is examined, by one probe after the other."""
+
+    objective: Objective
+    batch: Any = None
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+    grads: list[Tensor | None] = field(default_factory=list)
+    rewrites: dict[str, int] = field(default_factory=dict)
+    held: list[int] = field(default_factory=list)  # bytes of each tensor that the graph of the gradient holds
+    written: list[str] = field(default_factory=list)  # buffers that a call writes to, and may compute with
+    asymmetry: float = 0.0
+    difference: float | None = None
+    products: int = 0  # with the Hessian, until now
+
+    @property
+    def health(self) -> Health:
+        """What all probes found."""
+        total, examples = sum(self.held), leading(self.batch) or 1
+        tensor = sum(size**2 for size in self.held) / total if total else 0.0
+        return Health(self.rewrites, self.unused, self.difference, total / examples, tensor / examples)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """The parameters that the gradient does not reach."""
+        return tuple(name for name, g in zip(self.leaves, self.grads, strict=True) if g is None)
+
+    def run(self, probe: Probe) -> Seen:
+        """What a probe sees; BadObjective, NonFinite or TooLarge says what is wrong, where, and the fix."""
+        try:
+            return probe(self)
+        except Exception as error:  # models and losses can raise anything
+            raise self._explained(error) from error
+
+    def replay(self) -> Replay:
+        """The first batch once more, to see where something is wrong."""
+        return Replay(self.objective, self.batch)
+
+    def _explained(self, error: Exception) -> CurvatureError:
+        ours = explained(error, 1, cut=self.objective.batches.cut)
+        if isinstance(error, CurvatureError) or isinstance(ours, TooLarge) or self.batch is None:
+            return ours
+        where = self.replay().raising()
+        return type(ours)(f"{ours.cause.removesuffix('.')}, in {where}.", ours.fix) if where else ours
+
+
+Probe = Callable[[Examination], Seen]
+
+
 def examine(objective: Objective) -> Health:
     """The health of `objective`; raises BadObjective or NonFinite, with the fix, when it has none."""
+    examination = Examination(objective)
+    for probe in PROBES.values():
+        examination.run(probe)
+    return examination.health
+
+
+def _parameters(examination: Examination) -> Seen:
+    """All tensors hold finite numbers."""
+    objective = examination.objective
     for name, tensor in {**objective.params, **objective.frozen, **objective.buffers}.items():
         values = stored_values(tensor)
         if tensor.is_floating_point() and not torch.isfinite(values).all() and "mask" not in name:
@@ -68,25 +138,15 @@ def examine(objective: Objective) -> Health:
                 f"{name} has {count} of {tensor.numel()} entries that are not finite.",
                 "Load an earlier checkpoint.",
             )
-    batch = _first_batch(objective)
-    try:
-        with objective.context() as rewrites, objective.randomness():
-            objective.function.check(objective.complete(objective.params), batch)
-            _check_value(objective, batch)
-            _check_cut(objective, batch)
-            unused, asymmetry, held = _probe(objective, batch)
-        difference = _difference(objective, batch)
-        if asymmetry and not (difference is not None and asymmetry < SYMMETRY[torch.float32]):
-            raise _asymmetric(asymmetry, verified=difference is not None)
-    except Exception as error:  # models and losses can raise anything
-        raise explained(error, 1, cut=objective.batches.cut) from error
-    total, examples = sum(held), leading(batch) or 1
-    tensor = sum(size**2 for size in held) / total if total else 0.0
-    return Health(dict(rewrites), unused, difference, total / examples, tensor / examples)
+    space = objective.space
+    text = f"{space.size:,} numbers in {len(space.names)} tensors, {str(space.dtype).removeprefix('torch.')}"
+    held = sum(t.numel() for t in objective.frozen.values())
+    return Seen(f"{text}, on {space.device}" + (f"; {held:,} more are held fixed" if held else ""))
 
 
-def _first_batch(objective: Objective) -> Any:
-    """The first batch; BadObjective when there is none, or when a second pass over the data differs from the first."""
+def _data(examination: Examination) -> Seen:
+    """There is a first batch, and a second pass over the data is like the first."""
+    objective = examination.objective
     batches = objective.batches
     first, *more = [*islice(batches, 2)] or [None]
     if first is None:
@@ -98,40 +158,60 @@ def _first_batch(objective: Objective) -> Any:
             "A second pass over the data gave other batches than the first, so products would not be of one matrix.",
             "Use shuffle=False and fixed augmentation, or pass a list of batches: list(loader).",
         )
-    return moved(first, objective.space.device, objective.space.dtype)
+    examination.batch = moved(first, objective.space.device, objective.space.dtype)
+    return Seen("the same batches in every pass" if more else "one batch")
 
 
-def _check_value(objective: Objective, batch: Any) -> None:
-    """Raise unless the loss of the batch is finite and the same when computed again."""
-    values = []
-    for _ in range(2):
+def _loss(examination: Examination) -> Seen:
+    """The loss of the batch fits its outputs and targets, is finite, and is the same when computed again."""
+    objective, batch = examination.objective, examination.batch
+    with objective.context():
+        tensors = objective.complete(objective.params)
         with objective.randomness():
-            values.append(float(objective.total(objective.params, batch).detach()))
+            objective.function.check(tensors, batch)
+        values = [_value(objective, batch) for _ in range(2)]
+    changed = [name for name, buffer in objective.buffers.items() if not torch.equal(buffer, tensors[name])]
+    examination.written = [name for name in changed if not name.endswith(RUNNING)]
     if not torch.isfinite(torch.tensor(values)).all():
-        raise NonFinite(f"The loss of the first batch is {values[0]}.", "Check the data and the weights for overflow.")
+        where = examination.replay().overflowing()
+        raise NonFinite(
+            f"The loss of the first batch is {values[0]}{f': it begins in {where}' if where else ''}.",
+            "Check the data and the weights for overflow.",
+        )
     if abs(values[0] - values[1]) > ROUNDING * objective.space.eps * abs(values[0]):  # on GPUs sums may not repeat
         raise BadObjective(
             f"The loss is random: the first batch gave {values[0]:.6g}, then {values[1]:.6g}.",
             "Draw random numbers only from the global generators of torch, Python or NumPy, which are fixed here.",
         )
+    terms = objective.function.weight(batch)
+    each = values[0] / terms if terms else values[0]
+    return Seen(f"{objective.function.name}: {each:.6g}, the mean over {terms:g} terms of the first batch")
 
 
-def _check_cut(objective: Objective, batch: Any) -> None:
-    """Raise where tensors were cut into batches, and the loss of a batch is not the sum over those of its halves.
+def _value(objective: Objective, batch: Any) -> float:
+    with objective.randomness():
+        return float(objective.total(objective.params, batch).detach())
+
+
+def _examples(examination: Examination) -> Seen:
+    """Where tensors were cut into batches, the loss of a batch is the sum over those of its halves.
 
     Whether the first axis counts examples, and whether the model computes each by itself, is seen only in numbers. In
     training mode they may depend on the batch: batch normalisation does by design.
     """
+    objective, batch = examination.objective, examination.batch
     if not objective.batches.cut or objective.mode == "train" or (leading(batch) or 0) < 2:
-        return
-    together = float(objective.total(objective.params, batch).detach())
-    try:
-        apart = sum(float(objective.total(objective.params, half).detach()) for half in halves(batch))
-    except Exception as error:
-        raise _coupled(f"a half of the first batch fails ({one_line(error)})") from error
+        return Seen("the batches are those that were given")
+    with objective.context():
+        together = _value(objective, batch)
+        try:
+            apart = sum(_value(objective, half) for half in halves(batch))
+        except Exception as error:
+            raise _coupled(f"a half of the first batch fails ({one_line(error)})") from error
     rounding = ROUNDING * objective.space.eps * (abs(together) + float(objective.function.weight(batch)))
     if abs(together - apart) > rounding:
         raise _coupled(f"the first batch has the loss {together:.6g}, and its halves {apart:.6g} together")
+    return Seen("computed each by itself, however they are cut into batches")
 
 
 def _coupled(how: str) -> BadObjective:
@@ -141,36 +221,44 @@ def _coupled(how: str) -> BadObjective:
     )
 
 
-def _probe(objective: Objective, batch: Any) -> tuple[tuple[str, ...], float, list[int]]:
-    """The unused parameters; how far the Hessian of the batch is from symmetric, 0 where rounding explains it; and the
-    bytes of each tensor that the graph of its gradient holds."""
-    space = objective.space
-    try:
-        with objective.randomness(), _saved_bytes() as held:
-            leaves, grads = gradient_graph(objective, batch)
-    except RuntimeError as error:
-        if "saved tensor hooks" not in str(error):
-            raise
-        held = {}  # a loss that calls torch.func allows no such look at its graph
-        with objective.randomness():
-            leaves, grads = gradient_graph(objective, batch)
+def _gradient(examination: Examination) -> Seen:
+    """The loss depends on the parameters, and its gradient is finite."""
+    objective, batch = examination.objective, examination.batch
+    with objective.context() as rewrites:  # of one pass
+        try:
+            with objective.randomness(), _saved_bytes() as held:
+                leaves, grads = gradient_graph(objective, batch)
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            rewrites.clear()
+            held = {}  # a loss that calls torch.func allows no such look at its graph
+            with objective.randomness():
+                leaves, grads = gradient_graph(objective, batch)
     if all(g is None for g in grads):
+        where = examination.replay().unlinked()
         raise BadObjective(
-            "The loss does not depend on the selected parameters.",
+            f"The loss does not depend on the selected parameters: no gradient goes through {where}.",
             "Compute it from the model that is passed in, without no_grad, detach or argmax.",
         )
     for name, g in zip(leaves, grads, strict=True):
         if g is not None and not torch.isfinite(g).all():
-            raise NonFinite(f"The gradient with respect to {name} is not finite.", "Check the loss for overflow.")
-    _scan([g for g in grads if g is not None])
-    rows = space.draw(2, seed=objective.seed, kind="normal")
-    products = torch.stack([hessian_product(space, leaves, grads, row) for row in rows])
-    forms = space.inner(rows, products)
-    gap, size = float((forms[0, 1] - forms[1, 0]).abs()), float(space.norms(products).sum())
-    noise = ROUNDING * space.eps * _norm(g.detach() for g in grads if g is not None) * space.size**0.5
-    unused = tuple(name for name, g in zip(leaves, grads, strict=True) if g is None)
-    asymmetry = gap / size if gap > SYMMETRY[space.dtype] * size + noise else 0.0
-    return unused, asymmetry, list(held.values())
+            where = examination.replay().overflowing()
+            raise NonFinite(
+                f"The gradient with respect to {name} is not finite{f': it begins in {where}' if where else ''}.",
+                "Check the loss for overflow.",
+            )
+    examination.leaves, examination.grads = leaves, grads
+    examination.rewrites, examination.held = dict(rewrites), list(held.values())
+    unused = examination.unused
+    size = norm(g.detach() for g in grads if g is not None) / (objective.function.weight(batch) or 1)
+    text = f"norm {size:.4g} on the first batch"
+    if not unused:
+        return Seen(f"{text}, through all parameters")
+    return Seen(
+        f"{text}; the loss does not depend on {len(unused)} parameters: {listing(unused, 3)}",
+        "Leave them out with select= (--exclude), unless other batches use them.",
+    )
 
 
 @contextmanager
@@ -178,120 +266,107 @@ def _saved_bytes() -> Iterator[dict[int, int]]:
     """Yields the bytes of every storage that graphs built inside save, by address."""
     held: dict[int, int] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> tuple[Tensor, int]:
         with suppress(NotImplementedError, RuntimeError):  # sparse tensors have no storage
             storage = tensor.untyped_storage()
             held[storage.data_ptr()] = storage.nbytes()
+        return tensor, tensor._version
+
+    def unpack(packed: tuple[Tensor, int]) -> Tensor:
+        tensor, version = packed
+        if tensor._version != version:  # what torch looks at only where nobody hooks in
+            raise RuntimeError("a tensor needed for gradient computation has been modified by an inplace operation")
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield held
 
 
-def _asymmetric(asymmetry: float, *, verified: bool) -> BadObjective:
-    """The refusal of a Hessian that is not symmetric; `verified` when its formulas are right in float64.
+def _graph(examination: Examination) -> Seen:
+    """No node in the graph of the gradients refuses to be differentiated, or is known to do it wrong.
 
-    In float64 a verified one may be as asymmetric as float32 makes it, in which many models compute their norms.
+    Such nodes may hang on detached leaves that the second pass never visits: it then returns wrong numbers silently.
     """
-    if not verified:
-        return BadObjective(
-            f"Second derivatives are wrong: the Hessian of the first batch is not symmetric, by {asymmetry:.1%}.",
-            "Some backward is not differentiable itself: look for custom autograd Functions.",
+    names = [node.name() for node in nodes_of(examination.grads)]
+    if any(name in REFUSING for name in names):
+        where = listing(examination.replay().refusing(), 3)
+        raise BadObjective(
+            "A backward in the model cannot be differentiated again (once_differentiable, or no derivative known)"
+            f"{f': {where}' if where else ''}.",
+            "Replace the custom autograd Function or fused kernel by plain torch operations.",
         )
+    if "WeightNormInterfaceBackward0" in names:  # what compat rewrites, out of its reach
+        raise BadObjective(
+            "weight_norm inside TorchScript has wrong second derivatives in torch.",
+            "Export the eager model, or remove the weight norm before scripting.",
+        )
+    return Seen(f"all {len(names)} operations behind the gradient have derivatives")
+
+
+def _products(examination: Examination) -> Seen:
+    """The Hessian can be multiplied with vectors; whether it is symmetric is judged when more is known."""
+    with examination.objective.context():
+        examination.asymmetry = asymmetry(examination.objective, examination.leaves, examination.grads)
+    examination.products += 2
+    return Seen("the backward pass can be differentiated")
+
+
+def _difference(examination: Examination) -> Seen:
+    """A product is the difference of gradients."""
+    found, products = difference(examination.objective, examination.batch)
+    examination.difference = found
+    examination.products += products
+    if found is None:
+        return Seen("not known: the model does not run in float64, in which it is compared", open=True)
+    if found > (STEPPING if examination.written else DIFFERENCE):
+        raise _wrong(
+            f"a Hessian product of the first batch is {found:.1%} off the finite difference of gradients", examination
+        )
+    return Seen(f"a product is within {found:.1g} of a finite difference of gradients, in float64")
+
+
+def _symmetry(examination: Examination) -> Seen:
+    """The Hessian is symmetric. In float64 one that is right may be as asymmetric as float32 makes it, in which many
+    models compute their norms."""
+    gap, known = examination.asymmetry, examination.difference is not None
+    if not gap or (known and gap < SYMMETRY[torch.float32]):
+        return Seen("u.Hv = v.Hu but for rounding")
+    if not known:
+        raise _wrong(f"the Hessian of the first batch is not symmetric, by {gap:.1%}", examination)
     # A loss near zero, say: its curvature drowns in the rounding of the probabilities.
-    return BadObjective(
-        f"float32 is too coarse here: rounding makes the Hessian of the first batch asymmetric by {asymmetry:.1%}.",
+    raise BadObjective(
+        f"float32 is too coarse here: rounding makes the Hessian of the first batch asymmetric by {gap:.1%}.",
         "Compute in float64: dtype=torch.float64, or --dtype float64 on the command line.",
     )
 
 
-def _scan(grads: Sequence[Tensor]) -> None:
-    """Raise BadObjective when a node in the graph of the gradients refuses to be differentiated.
-
-    Such nodes may hang on detached leaves that the second pass never visits: it then returns wrong numbers silently.
-    """
-    seen: set[Any] = set()
-    stack = [g.grad_fn for g in grads]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() in REFUSING:
-            raise BadObjective(
-                "A backward in the model cannot be differentiated again (once_differentiable, or no derivative known).",
-                "Replace the custom autograd Function or fused kernel by plain torch operations.",
-            )
-        if node.name() == "WeightNormInterfaceBackward0":  # what compat rewrites, out of its reach
-            raise BadObjective(
-                "weight_norm inside TorchScript has wrong second derivatives in torch.",
-                "Export the eager model, or remove the weight norm before scripting.",
-            )
-        stack.extend(following for following, _ in node.next_functions)
+def _wrong(how: str, examination: Examination) -> BadObjective:
+    """The refusal of second derivatives that torch computes without complaint."""
+    cause = f"Second derivatives are wrong: {how}"
+    if custom := examination.replay().custom():
+        fix = (
+            "Make that backward differentiable: save tensors with ctx.save_for_backward, stay in torch, detach nothing."
+        )
+        return BadObjective(f"{cause}. Not torch's own is {listing(custom, 3)}.", fix)
+    if examination.written:
+        fix = "Use mode='eval' (--mode eval) if they stay as they are there, as those of spectral_norm do."
+        return BadObjective(
+            f"{cause}. Calls change {listing(examination.written, 3)}, by steps without derivative.", fix
+        )
+    return BadObjective(f"{cause}.", "Look for custom autograd Functions and detach().")
 
 
-def _difference(objective: Objective, batch: Any) -> float | None:
-    """How far a Hessian product is from the central difference of gradients, relative to its norm, all in float64.
-
-    Of the first examples only, where the model takes them alone: float64 is slow. None when the model does not run in
-    float64 (a float32 constant inside, say): then less is known.
-    """
-    objective = objective.to(dtype=torch.float64)
-    batch = moved(batch, objective.space.device, torch.float64)
-    for part in (shortened(batch, EXAMPLES), batch):
-        try:
-            return _least_difference(objective, part)
-        except BadObjective:
-            raise
-        except Exception:
-            continue
-    return None
-
-
-def _least_difference(objective: Objective, batch: Any) -> float | None:
-    """The smallest such difference over a few steps; BadObjective when none agrees, None where nothing is finite.
-
-    One step whose difference agrees is enough: a long one may cross kinks, a short one sees nothing but rounding where
-    a model computes parts of itself in float32 whatever it is given, and a wrong product agrees with none.
-    """
-    space = objective.space
-    center = objective.position
-    scale = max(1.0, _norm([center]))
-    aside, *directions = space.draw(1 + len(STEPS), seed=objective.seed, kind="sphere") / space.size**0.5
-    center = center + BESIDE * scale * aside
-    least = math.inf
-    still = _gradient(objective.at(center), batch) == 0  # padding_idx: rows that matter, and are held fixed
-    for step, direction in zip(STEPS, directions, strict=True):
-        direction = direction.masked_fill(still, 0)
-        product, h = _product(objective.at(center), batch, direction), step * scale
-        ahead, behind = (_gradient(objective.at(center + s * direction), batch) for s in (h, -h))
-        measured = (ahead - behind) / (2 * h)
-        size = max(_norm([measured]), _norm([product])) + ROUNDING / DIFFERENCE * space.eps * _norm([ahead]) / h
-        least = min(least, _norm([measured - product]) / size if size else 0.0)
-        if least <= DIFFERENCE:
-            return least
-    if math.isinf(least):  # nowhere finite beside the parameters
-        return None
-    raise BadObjective(
-        f"Second derivatives are wrong: a Hessian product of the first batch is {least:.1%} off the finite difference "
-        "of gradients.",
-        "Look for custom autograd Functions and detach().",
-    )
-
-
-def _product(objective: Objective, batch: Any, row: Tensor) -> Tensor:
-    with objective.context(), objective.randomness():
-        return hessian_product(objective.space, *gradient_graph(objective, batch), row)
-
-
-def _gradient(objective: Objective, batch: Any) -> Tensor:
-    with objective.context(), objective.randomness():
-        return gradient_of(objective, batch)
-
-
-def _norm(tensors: Iterable[Tensor]) -> float:
-    """The norm of all entries together, in float64."""
-    return math.hypot(*(float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in tensors))
+PROBES: dict[str, Probe] = {
+    "parameters": _parameters,
+    "data": _data,
+    "loss": _loss,
+    "examples": _examples,
+    "gradient": _gradient,
+    "graph": _graph,
+    "products": _products,
+    "difference": _difference,
+    "symmetry": _symmetry,
+}
 
 
 def explained(error: Exception, number: int, *, cut: bool = False) -> CurvatureError:
@@ -314,5 +389,8 @@ def explained(error: Exception, number: int, *, cut: bool = False) -> CurvatureE
         return _coupled(f"the model or the loss fails on the first batch ({one_line(error)})")
     return BadObjective(
         f"The model or the loss failed on batch {number}: {one_line(error)}.",
-        "Check that inputs and targets have the shapes and dtypes they expect.",
+        next(
+            (fix for words, fix in FIXES.items() if words in str(error)),
+            "Check that inputs and targets have the shapes and dtypes they expect.",
+        ),
     )
