@@ -33,6 +33,9 @@ def unfolded(X: Float[Tensor, "b ..."], axis: int) -> Float[Tensor, "b d rest"]:
 def add_gram_(S: Float[Tensor, "b d d"], X: Float[Tensor, "b d rest"], *, decay: float, weight: float) -> None:
     """S <- decay S + weight X X^T for symmetric S, of which only the upper triangle is right: so a large product takes
     little more than half of the operations."""
+    if S.shape[-1] <= PANEL:
+        S.baddbmm_(X, X.mT, beta=decay, alpha=weight)
+        return
     for start in range(0, S.shape[-1], PANEL):
         rows = slice(start, start + PANEL)
         S[:, rows, start:].baddbmm_(X[:, rows], X[:, start:].mT, beta=decay, alpha=weight)
@@ -44,12 +47,20 @@ def contracted(
     """k tensors for each of the stack, multiplied along every axis by the transpose of its factor: (F_1 ⊗ F_2 ...)^T X.
 
     An axis that was multiplied goes last, behind the k, so that after all of them the order is the first one again,
-    nothing was copied to bring an axis to the front, and no factor was repeated for each of the k.
+    nothing was copied to bring an axis to the front, and no factor was repeated for each of the k. Where only the first
+    axis has a factor, all others are columns.
     """
     stack, n, k = X.shape
+    if factors[0] is not None and all(factor is None for factor in factors[1:]):
+        return torch.bmm(factors[0].mT, X.reshape(stack, shape[0], -1)).view(stack, n, k)
     for size, factor in zip(shape, factors, strict=True):
         X = X.reshape(stack, size, -1)
-        X = X.mT if factor is None else (factor.mT @ X).mT if size < THIN else X.mT @ factor
+        if factor is None:
+            X = X.mT
+        elif size < THIN:  # bmm, since what is around it in a product by @ takes longer than a small one
+            X = torch.bmm(factor.mT, X).mT
+        else:
+            X = torch.bmm(X.mT, factor)
     return X.reshape(stack, k, n).mT
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from math import prod
 from typing import Literal
 
@@ -40,23 +41,23 @@ class Block:
         """How many parameters."""
         return len(self.params)
 
-    @property
+    @cached_property
     def shape(self) -> torch.Size:
         """That of each parameter, for the grain "shape"."""
         return self.params[0].shape
 
-    @property
+    @cached_property
     def matrix(self) -> tuple[int, int]:
         """Rows and columns when each parameter is read as a matrix: a row for every entry of its first axis."""
         shape = self.shape
         return (shape[0], prod(shape[1:])) if len(shape) > 1 else (1, prod(shape))
 
-    @property
+    @cached_property
     def space(self) -> Space:
         """Its vectors: float32 for parameters in half precision."""
         return Space(sum(p.numel() for p in self.params), self.dtype, self.params[0].device)
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         return torch.promote_types(self.params[0].dtype, torch.float32)
 

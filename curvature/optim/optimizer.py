@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from typing import Any, TypedDict
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from curvature.errors import NeedsEvidence, NonFinite
-from curvature.linalg.deflation import derived
 from curvature.linalg.operator import LinearOperator
 from curvature.linalg.structured import BlockDiagonal
 from curvature.objective.function import cast
@@ -29,6 +30,7 @@ Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, An
 
 WHOLE = "block."  # how the names begin of what belongs to a block as a whole
 OWN = ("preconditioner", "momentum", "control", "finish", "fallback", "roles", "seed")
+NUMBER = (int, float)
 FAILURES = 3  # steps in a row with a gradient that is not finite, after which training has come to an end
 
 
@@ -50,6 +52,8 @@ class Slab:
     group: dict[str, Any]
     covered: bool  # by the rule of the optimizer, or else by its fallback
     reason: str
+    rule: Preconditioner  # these two as the group had them when they were last asked for
+    momentum: Momentum
     state: State = field(default_factory=dict)
     begun: set[int] = field(default_factory=set)
     objective: Objective | None = None  # of the last step, for rules that ask for it
@@ -65,8 +69,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     decides how far to go, and needs a closure, or `step(objective=...)`, where it is not Fixed.
 
     A step in which the gradient of a parameter is not finite leaves that parameter alone; three in a row raise
-    NonFinite at the next refresh. The state holds tensors only, in float32 or better whatever the parameters are, and
-    is saved and loaded bit for bit.
+    NonFinite, on a GPU at the next refresh. The state holds tensors only, in float32 or better whatever the parameters
+    are, and is saved and loaded bit for bit.
     """
 
     def __init__(
@@ -168,7 +172,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         """Which rule takes each parameter, and why."""
         rows = []
         for slab in self.slabs:
-            block, rule = slab.block, type(self._rule(slab)).__name__
+            block, rule = slab.block, type(slab.rule).__name__
             rows += [(n, tuple(p.shape), rule, slab.reason) for n, p in zip(block.names, block.params, strict=True)]
         return Routing(tuple(rows))
 
@@ -189,7 +193,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             if not slab.begun:
                 raise ValueError(f"{', '.join(slab.block.names[:3])} took no step yet. Take one first.")
             state = {name: t.clone() for name, t in slab.state.items()} if copy else slab.state
-            blocks[str(i)] = self._operator(slab, state, slab.block, self._last(slab, state))
+            blocks[str(i)] = self._operator(slab, _rule(slab), state, slab.block, self._last(slab, state))
             where[str(i)] = torch.cat([places[name] for name in slab.block.names])
         return BlockDiagonal(blocks, where, space, source={"operator": f"preconditioner of {type(self).__name__}"})
 
@@ -197,7 +201,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     def _moves(self, slab: Slab, objective: Objective | None) -> list[Move]:
         """What the step does to the parameters of a block; nothing where none has a gradient."""
-        block, rule, group = slab.block, self._rule(slab), slab.group
+        block, rule, group = slab.block, _rule(slab), slab.group
         evidence_of = None
         if objective is not None and "objective" in rule.needs:
             evidence_of = slab.objective = self._placed(objective, block)
@@ -227,8 +231,9 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                     slab.state[name][rows] = tensor
         slab.begun.update(rows)
         views = [self.state[p] for p in block.params]
-        first = self.state[slab.block.params[0]]
-        first |= {name: t for name, t in state.items() if name.startswith(WHOLE) and name not in first}
+        if block.grain == "model":  # rules may have made more of it
+            first = self.state[slab.block.params[0]]
+            first |= {name: t for name, t in state.items() if name.startswith(WHOLE) and name not in first}
         return [Move(block, direction, -float(group["lr"]), grad, moved, group, views)]
 
     def _direction(
@@ -242,48 +247,34 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         objective: Objective | None,
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         """The finished direction of a block, and the gradient where it is finite; updates the state."""
-        group = slab.group
-        steps = state["block.step" if block.grain == "model" else "step"].view(-1, 1)
-        grad, fine = _guarded(grad, state, len(steps))
-        steps += fine
-        momentum = self._momentum(slab)
+        steps = _count("step", state).view(-1, 1)
+        due = _due(slab, rule, rows)
+        grad, fine = _guarded(grad, state, block, due and rule.every > 1)
+        steps += 1 if fine is None else fine
+        momentum = _momentum(slab)
         averaged = grad if momentum.after else momentum(state, grad, steps)
-        evidence = Evidence(grad, averaged, steps, derived(self.seed + group["taken"]), objective, group["taken"])
-        due = self._due(slab, rows)
-        if due:
-            _check_failures(state, block)
+        evidence = Evidence(grad, averaged, steps, self.seed, objective, slab.group["taken"])
         kept = rule.update(state, block, evidence, due)
-        operator = self._operator(slab, state, block, evidence)
+        operator = self._operator(slab, rule, state, block, evidence)
         direction = operator.apply((averaged if kept is None else kept)[None])[0]
         if momentum.after:
-            direction = momentum(state, torch.where(fine, direction.view(len(steps), -1), 0).view(-1), steps)
+            direction = momentum(state, _where(fine, direction), steps)
         for finish in self.finish if slab.covered else ():
             direction = finish(state, block, direction, evidence)
-        if grad.is_cuda or not bool(fine.all()):
-            direction = torch.where(fine, direction.view(len(steps), -1), 0).view(-1)
-        return direction, grad
+        return _where(fine, direction), grad
 
-    def _operator(self, slab: Slab, state: State, block: Block, evidence: Evidence) -> LinearOperator:
+    def _operator(
+        self, slab: Slab, rule: Preconditioner, state: State, block: Block, evidence: Evidence
+    ) -> LinearOperator:
         damping = self.control.damping(self.param_groups[0]) if slab.covered else None
-        return self._rule(slab).operator(state, block, evidence, damping)
+        return rule.operator(state, block, evidence, damping)
 
     def _last(self, slab: Slab, state: State) -> Evidence:
         """What is left of the evidence of the last step."""
         block = slab.block
-        steps = state["block.step" if block.grain == "model" else "step"].view(-1, 1)
+        steps = _count("step", state).view(-1, 1)
         momentum = state["momentum"].view(-1) if "momentum" in state else block.zeros().view(-1)
         return Evidence(momentum, momentum, steps, objective=slab.objective)
-
-    def _rule(self, slab: Slab) -> Preconditioner:
-        """The rule of a slab with the hyperparameters that its group has now."""
-        rule, prefix = (self.preconditioner, "") if slab.covered else (self.fallback, "fallback_")
-        values = {name: slab.group[prefix + name] for name in _numbers(rule)}
-        return replace(rule, **values)  # pyright: ignore[reportArgumentType]
-
-    def _momentum(self, slab: Slab) -> Momentum:
-        if not slab.covered:
-            return Momentum(slab.group["fallback_momentum"], corrected=True)
-        return replace(self.momentum, beta=slab.group["momentum"])
 
     def _partition(self, group: dict[str, Any]) -> list[Slab]:
         """The blocks of a group: of the rule, and of the fallback for what it refuses."""
@@ -293,18 +284,20 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             role = role_of(name, p, self.roles)
             reason = self.preconditioner.refuses(Block((name,), (p,), self.preconditioner.grain, role))
             (taken if reason is None else refused.setdefault(reason, [])).append((name, p, role))
-        slabs = [Slab(b, group, True, b.role) for b in blocks_of(taken, self.preconditioner.grain)]
+        blocks = blocks_of(taken, self.preconditioner.grain)
+        slabs = [Slab(b, group, True, b.role, self.preconditioner, self.momentum) for b in blocks]
         for reason, some in refused.items():
-            slabs += [Slab(b, group, False, reason) for b in blocks_of(some, self.fallback.grain)]
+            blocks = blocks_of(some, self.fallback.grain)
+            slabs += [Slab(b, group, False, reason, self.fallback, Momentum(corrected=True)) for b in blocks]
         for slab in slabs:
             self._fill(slab)
         return slabs
 
     def _fill(self, slab: Slab) -> None:
         """The state of a slab: new, but for parameters that have one, which it takes; theirs are views of it then."""
-        block, rule = slab.block, self._rule(slab)
+        block, rule = slab.block, _rule(slab)
         whole = block.grain == "model"
-        state = {**self._momentum(slab).init(block), **rule.init(block)}
+        state = {**_momentum(slab).init(block), **rule.init(block)}
         for finish in self.finish if slab.covered else ():
             state |= finish.init(block)
         state |= self.control.init(block)
@@ -352,16 +345,12 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             _health=self._checked,
         )
 
-    def _due(self, slab: Slab, rows: Iterable[int]) -> bool:
-        """Whether a step of these parameters makes anew what is dear."""
-        return slab.group["taken"] % self._rule(slab).every == 0 or not slab.begun.issuperset(rows)
-
     def _asked(self) -> bool:
         """Whether this step needs the objective: for the control, or what is due of parameters that have gradients, or
         of all where none has."""
         given = [[i for i, p in enumerate(slab.block.params) if p.grad is not None] for slab in self.slabs]
         due = (
-            "objective" in self._rule(slab).needs and self._due(slab, rows)
+            "objective" in slab.rule.needs and _due(slab, _rule(slab), rows)
             for slab, rows in zip(self.slabs, given, strict=True)
             if rows or not any(given)
         )
@@ -399,7 +388,33 @@ class Routing:
 
 def _numbers(rule: Any) -> dict[str, float]:
     """The fields of a rule that are numbers."""
-    return {f.name: v for f in fields(rule) if isinstance(v := getattr(rule, f.name), int | float)}
+    return {name: v for name in _fields(type(rule)) if isinstance(v := getattr(rule, name), NUMBER)}
+
+
+@cache
+def _fields(kind: type) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(kind))
+
+
+def _rule(slab: Slab) -> Preconditioner:
+    """The rule of a slab with the hyperparameters that its group has now."""
+    group, prefix = slab.group, "" if slab.covered else "fallback_"
+    changed = {name: group[prefix + name] for name, v in _numbers(slab.rule).items() if group[prefix + name] != v}
+    if changed:
+        slab.rule = replace(slab.rule, **changed)  # pyright: ignore[reportArgumentType]
+    return slab.rule
+
+
+def _due(slab: Slab, rule: Preconditioner, rows: Iterable[int]) -> bool:
+    """Whether a step of these parameters makes anew what is dear."""
+    return slab.group["taken"] % rule.every == 0 or not slab.begun.issuperset(rows)
+
+
+def _momentum(slab: Slab) -> Momentum:
+    beta = slab.group["momentum" if slab.covered else "fallback_momentum"]
+    if beta != slab.momentum.beta:
+        slab.momentum = replace(slab.momentum, beta=beta)
+    return slab.momentum
 
 
 def _part(state: State, name: str, block: Block, i: int) -> Tensor:
@@ -413,15 +428,29 @@ def _part(state: State, name: str, block: Block, i: int) -> Tensor:
     return tensor[..., first : first + block.params[i].numel()]
 
 
-def _guarded(grad: Float[Tensor, " n"], state: State, rows: int) -> tuple[Tensor, Tensor]:
-    """The gradient, zero for each parameter where it is not finite, and which are finite (b, 1); counts failures."""
-    fine = torch.isfinite(grad.view(rows, -1).sum(1, keepdim=True))
-    failures = state["block.failures"] if "block.failures" in state else state["failures"]
-    failures += 1
-    failures *= ~fine.view_as(failures)
-    if grad.is_cuda or not bool(fine.all()):
-        grad = torch.where(fine, grad.view(rows, -1), 0).view(-1)
-    return grad, fine
+def _count(name: str, state: State) -> Tensor:
+    """The tensor of the state that counts something of a block, by parameters or as a whole."""
+    return state[name] if name in state else state[WHOLE + name]
+
+
+def _guarded(grad: Float[Tensor, " n"], state: State, block: Block, look: bool) -> tuple[Tensor, Tensor | None]:
+    """The gradient, zero for each parameter where it is not finite, and which are finite (b, 1): None if that is known
+    of all. Counts failures; NonFinite after three in a row, on a device whose values cost time only where to `look`."""
+    failures = _count("failures", state)
+    near = grad.device.type == "cpu"
+    if near and math.isfinite(grad.sum().item()):
+        failures.zero_()
+        return grad, None
+    fine = grad.view(len(failures), -1).sum(1, keepdim=True).abs() < math.inf
+    failures.add_(1).mul_(~fine.view(-1))
+    if near or look:
+        _check_failures(failures, block)
+    return _where(fine, grad), fine
+
+
+def _where(fine: Bool[Tensor, "b 1"] | None, vector: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Zero for each parameter that is not fine."""
+    return vector if fine is None else torch.where(fine, vector.view(len(fine), -1), 0).view(-1)
 
 
 def _dense(grad: Tensor) -> Tensor:
@@ -430,8 +459,7 @@ def _dense(grad: Tensor) -> Tensor:
     return grad
 
 
-def _check_failures(state: State, block: Block) -> None:
-    failures = state["block.failures"] if "block.failures" in state else state["failures"]
+def _check_failures(failures: Float[Tensor, " b"], block: Block) -> None:
     worst = int(failures.argmax())
     if float(failures[worst]) >= FAILURES:
         name = block.names[worst if block.grain == "shape" else 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -126,10 +127,9 @@ class Trial:
         self.decay()
         if self._start is not None:
             self.undo()
-        for move in self.moves:
-            params = move.params
-            steps = [t.to(p.dtype) for t, p in zip(move.chosen(move.direction), params, strict=True)]
-            torch._foreach_add_(params, steps, alpha=move.rate * scale)
+        for rate, moves in groupby(self.moves, key=lambda move: move.rate):
+            pairs = [pair for move in moves for pair in zip(move.params, move.chosen(move.direction), strict=True)]
+            torch._foreach_add_([p for p, _ in pairs], [t.to(p.dtype) for p, t in pairs], alpha=rate * scale)
 
     def tried(self, scale: float = 1.0) -> float:
         """Take the step, and return the loss there; `undo` goes back to the last bit."""

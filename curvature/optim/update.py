@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvature.optim.block import Block
-from curvature.optim.evidence import Evidence
+from curvature.optim.evidence import Evidence, debiased
 from curvature.optim.preconditioner import Preconditioner, State
 
 TINY = 1e-16  # below the norm of any direction that is not zero
@@ -47,10 +47,10 @@ class Momentum:
             return vector
         m, fresh = state["momentum"].view(-1), 1 - self.beta if self.kind == "ema" else 1.0
         m.lerp_(vector, fresh) if self.kind == "ema" else m.mul_(self.beta).add_(vector)
-        ahead = vector.mul(fresh).add_(m, alpha=self.beta) if self.nesterov else m
-        if not self.corrected:
-            return ahead
-        return (ahead.view(len(step), -1) / (1 - self.beta**step).to(ahead.dtype)).view(-1)
+        ahead = m
+        if self.nesterov:
+            ahead = vector.lerp(m, self.beta) if self.kind == "ema" else vector.add(m, alpha=self.beta)
+        return debiased(ahead, self.beta, step) if self.corrected else ahead
 
 
 class Finish(Protocol):

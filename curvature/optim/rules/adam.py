@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from curvature.linalg.structured import Diagonal
 from curvature.optim.block import Block, Grain
-from curvature.optim.evidence import Evidence
+from curvature.optim.evidence import Evidence, debiased
 from curvature.optim.preconditioner import Need, State
 
 
@@ -37,5 +37,5 @@ class AdamDiagonal:
         state["square"].view(-1).mul_(self.beta2).addcmul_(evidence.grad, evidence.grad, value=1 - self.beta2)
 
     def operator(self, state: State, block: Block, evidence: Evidence, damping: float | None) -> Diagonal:
-        square = state["square"].view(len(evidence.step), -1) / evidence.debias(self.beta2)
-        return Diagonal(square.sqrt_().add_(self.eps).reciprocal_().view(-1), space=block.space, psd=True)
+        square = debiased(state["square"].view(-1), self.beta2, evidence.step)
+        return Diagonal(square.sqrt_().add_(self.eps).reciprocal_(), space=block.space, psd=True)

@@ -65,29 +65,38 @@ def polar_factor(
 ) -> Float[Tensor, "b m m"]:
     """Q with Q M near the polar factor U V^T of each matrix M, by so many steps; zero where M is."""
     a, b, c = coefficients
-    scale = 1 / (torch.linalg.matrix_norm(M) + TINY)[:, None, None]
-    S = symmetric_product(M, M.mT).mul_(scale**2)
-    Q = scale
+    S = symmetric_product(M, M.mT)
+    scale = 1 / (S.diagonal(dim1=1, dim2=2).sum(1).sqrt() + TINY)[:, None, None]
+    S *= scale**2
+    Q = scale * torch.eye(S.shape[1], dtype=S.dtype, device=S.device)
     for step in range(steps):
-        P = symmetric_product(S, S).mul_(c).add_(S, alpha=b)
-        P.diagonal(dim1=1, dim2=2).add_(a)
-        Q = P * Q if step == 0 else symmetric_product(P, Q)
+        N = symmetric_product(S, S, c, S, b)
+        Q = a * Q + N * scale if step == 0 else symmetric_product(N, Q, 1.0, Q, a)
         if step < steps - 1:
-            S = symmetric_product(symmetric_product(P, S), P)
+            T = symmetric_product(N, S, 1.0, S, a)
+            S = symmetric_product(N, T, 1.0, T, a)
     return Q
 
 
-def symmetric_product(A: Float[Tensor, "b m k"], B: Float[Tensor, "b k m"]) -> Float[Tensor, "b m m"]:
-    """A B where that is symmetric: of large ones the lower half is computed, in four blocks of rows."""
+def symmetric_product(
+    A: Float[Tensor, "b m k"],
+    B: Float[Tensor, "b k m"],
+    times: float = 1.0,
+    C: Float[Tensor, "b m m"] | None = None,
+    weight: float = 0.0,
+) -> Float[Tensor, "b m m"]:
+    """times A B + weight C where that is symmetric: of large ones the lower half is computed, in four blocks of
+    rows."""
     m = A.shape[1]
     if m < LARGE:
-        return A @ B
-    product = torch.empty(len(A), m, m, dtype=A.dtype, device=A.device)
+        return torch.bmm(A, B) if C is None else torch.baddbmm(C, A, B, beta=weight, alpha=times)
+    total = A.new_empty(len(A), m, m) if C is None else C.clone()
     for start in range(0, m, -(-m // 4)):
-        stop = min(m, start + -(-m // 4))
-        product[:, start:stop, :stop] = A[:, start:stop] @ B[:, :, :stop]
-        product[:, :start, start:stop] = product[:, start:stop, :start].mT
-    return product
+        rows = slice(start, start + -(-m // 4))
+        below = total[:, rows, : rows.stop]
+        below.baddbmm_(A[:, rows], B[:, :, : rows.stop], beta=weight, alpha=times)
+        total[:, :start, rows] = total[:, rows, :start].mT
+    return total
 
 
 class Muon(PreconditionedOptimizer):

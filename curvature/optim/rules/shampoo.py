@@ -15,7 +15,7 @@ from curvature.linalg.operator import LinearOperator
 from curvature.linalg.roots import Roots, basis_roots, eigen_roots, eigenbasis, newton_roots, whole_products
 from curvature.linalg.tensors import TensorKronecker, Tiled, Tiling, add_gram_, unfolded
 from curvature.optim.block import Block, Grain
-from curvature.optim.evidence import Evidence
+from curvature.optim.evidence import Evidence, debiased
 from curvature.optim.optimizer import Options, Params, PreconditionedOptimizer
 from curvature.optim.preconditioner import Need, Preconditioner, State
 from curvature.optim.rules.adam import AdamDiagonal
@@ -100,10 +100,10 @@ class KroneckerRoots:
     def _refresh(self, state: State, block: Block, evidence: Evidence) -> None:
         count = len(self._axes(block))
         p = 1 / (2 * count) if self.exponent is None else self.exponent
-        total = 1.0 if self.beta2 == 1 else evidence.debias(self.beta2).view(-1, 1, 1, 1)
         fine = torch.ones(block.stack, dtype=torch.bool, device=block.space.device)
         for factor in self._factors(block):
-            S = (state[f"gram.{factor.name}"] / total).flatten(0, 1)
+            S = state[f"gram.{factor.name}"]
+            S = (S if self.beta2 == 1 else debiased(S, self.beta2, evidence.step)).flatten(0, 1)
             roots, good = self._roots(S, p, state, factor, evidence.step <= 1)
             if self.exponent is not None and factor.axis == self._axes(block)[0]:
                 trace = S.diagonal(dim1=1, dim2=2).sum(1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from curvature.linalg.roots import eigenbasis, symmetric, whole_products
 from curvature.linalg.tensors import TensorSpectral, add_gram_, contracted, outer, unfolded
 from curvature.optim.block import Block, Grain
-from curvature.optim.evidence import Evidence
+from curvature.optim.evidence import Evidence, debiased
 from curvature.optim.optimizer import Options, Params, PreconditionedOptimizer
 from curvature.optim.preconditioner import Need, State
 from curvature.optim.rules.shampoo import axes, check, count_failures_, identities, keep_
@@ -66,17 +66,17 @@ class AdamInEigenbasis:
     def update(self, state: State, block: Block, evidence: Evidence, due: bool) -> None:
         shape = axes(block, self.merge)
         G = evidence.grad.view(block.stack, *shape)
-        first = (evidence.step <= 1).view(-1, 1, 1)
+        first = (evidence.step <= 1).view(-1, 1, 1) if due else None
         with whole_products():
             fresh = {}
             for axis in self._rotated(block):
                 X, S = unfolded(G, axis), state[f"gram.{axis}"]
-                if due and self.refresh == "after":
+                if first is not None and self.refresh == "after":
                     fresh[axis] = torch.where(first, X @ X.mT, S)
                 add_gram_(S, X, decay=self.beta2, weight=1 - self.beta2)
                 if due and self.refresh == "before":
                     fresh[axis] = S
-            if due:
+            if first is not None:
                 self._turn(state, block, fresh, first.flatten())
             rotated = contracted(evidence.grad.view(block.stack, -1, 1), self._bases(state, block), shape)
         state["square"].view(rotated.shape).mul_(self.beta2).addcmul_(rotated, rotated, value=1 - self.beta2)
@@ -95,7 +95,7 @@ class AdamInEigenbasis:
         count_failures_(state["missed"], fine, block)
 
     def operator(self, state: State, block: Block, evidence: Evidence, damping: float | None) -> TensorSpectral:
-        square = state["square"].view(block.stack, -1) / evidence.debias(self.beta2)
+        square = debiased(state["square"], self.beta2, evidence.step)
         values = square.sqrt_().add_(self.eps).reciprocal_().view(block.stack, *axes(block, self.merge))
         return TensorSpectral(values, self._bases(state, block), psd=True)
 
