@@ -31,7 +31,8 @@ OURS, TORCH, HEAVYBALL, KOZISTR, META = (
 )
 EVERY = 10
 ROOT = 10**0.5
-NETWORKS = ("autoencoder", "cnn", "gpt")
+DIGITS = ("autoencoder", "cnn")
+NETWORKS = (*DIGITS, "gpt")
 EQUATIONS = ("poisson-1d", "poisson-2d")
 CONVEX = ("logistic", "rotated")
 DEEPER = ("deeper",)
@@ -183,7 +184,7 @@ def theirs(method: str, source: str, path: str, tasks: tuple[str, ...] = (), **m
     return Contender(method, source, path, around(3e-3), tasks, **more)
 
 
-SHAMPOO, FIRST = "distributed_shampoo:DistributedShampoo", NETWORKS[:1]
+SHAMPOO, FIRST = "distributed_shampoo:DistributedShampoo", DIGITS[:1]
 BASELINES = [
     Contender("AdamW", TORCH, "torch.optim:AdamW", kwargs=FAST),
     Contender("AdamW, beta2 0.95", TORCH, "torch.optim:AdamW", kwargs={**FAST, "betas": (0.9, 0.95)}),
@@ -191,18 +192,18 @@ BASELINES = [
 ]
 CONTENDERS = [
     *BASELINES,
-    ours("Muon", "muon:Muon", NETWORKS + DEEPER + EQUATIONS),
-    ours("Shampoo", "shampoo:Shampoo", NETWORKS + DEEPER + EQUATIONS, kwargs=OFTEN),
+    ours("Muon", "muon:Muon", NETWORKS),
+    ours("Shampoo", "shampoo:Shampoo", NETWORKS, kwargs=OFTEN),
     ours("SOAP", "soap:SOAP", NETWORKS + DEEPER + EQUATIONS, kwargs=OFTEN),
-    ours("KL-Shampoo", "soap:KLShampoo", NETWORKS + DEEPER, kwargs=OFTEN),
-    ours("PSGD", "psgd:PSGD", NETWORKS + DEEPER + CONVEX),
-    ours("M-FAC", "mfac:MFAC", NETWORKS + CONVEX),
-    ours("EFCP", "mfac:EFCP", NETWORKS + CONVEX),
+    ours("KL-Shampoo", "soap:KLShampoo", NETWORKS, kwargs=OFTEN),
+    ours("PSGD", "psgd:PSGD", NETWORKS + CONVEX),
+    ours("M-FAC", "mfac:MFAC", DIGITS + CONVEX),
+    ours("EFCP", "mfac:EFCP", DIGITS + CONVEX),
     asking("SophiaG", "diagonal_hessian:SophiaG", NETWORKS + CONVEX, around(1e-3)),
-    asking("SophiaH", "diagonal_hessian:SophiaH", NETWORKS + CONVEX, around(1e-3)),
-    asking("AdaHessian", "diagonal_hessian:AdaHessian", NETWORKS + CONVEX, COARSE),
-    asking("K-FAC", "kfac:KFAC", NETWORKS[:2], around(3e-3)),
-    asking("EKFAC", "kfac:EKFAC", NETWORKS[:2], around(3e-3)),
+    asking("SophiaH", "diagonal_hessian:SophiaH", DIGITS + CONVEX, around(1e-3)),
+    asking("AdaHessian", "diagonal_hessian:AdaHessian", DIGITS + CONVEX, COARSE),
+    asking("K-FAC", "kfac:KFAC", DIGITS, around(3e-3)),
+    asking("EKFAC", "kfac:EKFAC", DIGITS, around(3e-3)),
     solving("EGN", "gauss_newton:EGN", EQUATIONS + CONVEX, damped, scheduled=True),
     solving("EGN, Levenberg-Marquardt", "gauss_newton:EGN", EQUATIONS + CONVEX, LEVENBERG),
     solving("Newton-CG, Levenberg-Marquardt", "newton_cg:NewtonCG", FIRST + EQUATIONS + CONVEX, LEVENBERG),

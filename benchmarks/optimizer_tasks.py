@@ -110,19 +110,19 @@ def deeper() -> Task:
 def cnn() -> Task:
     pixels, labels = digits()
     training = shifted(pixels[:TRAINING_DIGITS]), labels[:TRAINING_DIGITS].repeat(9)
-    some = training[0][::9], training[1][::9]
+    some = training[0][::27], training[1][::27]
 
     def judge(model: nn.Module) -> float:
         with torch.no_grad():
             guesses = model(pixels[TRAINING_DIGITS:]).argmax(-1)
         return float((guesses == labels[TRAINING_DIGITS:]).double().mean())
 
-    return Task("cnn", digits_cnn, cv.CrossEntropy(), training, some, 64, 200, 20, judge, "held-out accuracy")
+    return Task("cnn", digits_cnn, cv.CrossEntropy(), training, some, 64, 150, 20, judge, "held-out accuracy")
 
 
 def gpt() -> Task:
     training, held_out = hamlet("train"), hamlet("held-out")
-    some = training[0][::40], training[1][::40]
+    some = training[0][::120], training[1][::120]
     size = len(hamlet_vocabulary())
 
     def judge(model: nn.Module) -> float:
@@ -130,7 +130,7 @@ def gpt() -> Task:
             return float(cross_entropy(model(held_out[0][::4]), held_out[1][::4]))
 
     loss = cv.CrossEntropy(axis=-1)
-    return Task("gpt", lambda: char_gpt(size), loss, training, some, 16, 200, 20, judge, "held-out loss")
+    return Task("gpt", lambda: char_gpt(size), loss, training, some, 16, 150, 20, judge, "held-out loss")
 
 
 class Poisson(nn.Module):

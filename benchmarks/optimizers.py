@@ -11,7 +11,7 @@ was set out for, and whether it is reached. One thread; all times are those of t
                All take ten steps a round, in random order, after ten that are not timed; times, and ratios within a
                round, are medians over the rounds
     training   see `optimizer_tasks.py`. Everyone is tuned the same: five learning rates, two for each factor of ten,
-               with one seed, by the loss at the end; as long as the best is at an end of them, up to three more. Then
+               with one seed, by the loss at the end; as long as the best is at an end of them, up to two more. Then
                the best is run with other seeds, contenders in turn for each. All warm up over the first twentieth of
                the steps, and then go down to zero in a straight line, but for those that decide on the length of their
                steps: they have no schedule. Of what solves a system in each step, `few` of them, the damping is tuned.
@@ -122,10 +122,10 @@ def main() -> None:
     console = Console(width=190)
     methods = args.methods.split(",") if args.methods else [c.method for c in CONTENDERS]
     contenders = [c for c in CONTENDERS if c.method in methods or c in BASELINES]
-    report = json.loads(args.out.read_text()) if args.out.exists() else {}
     facts = {"machine": machine(CPU) | {"peers": versions()}, "quick": args.quick}
 
     def write(question: str, name: str, found: dict[str, Any]) -> None:
+        report = json.loads(args.out.read_text()) if args.out.exists() else {}  # which others may have added to
         report.setdefault(question, {})[name] = rounded({**facts, **found})
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n")
