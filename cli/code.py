@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import importlib.util
+import inspect
 import operator
 import os
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from .options import Misuse
+from .output import warn
+
+if TYPE_CHECKING:
+    import torch
 
 
 def is_spec(text: str) -> bool:
@@ -47,6 +55,65 @@ def resolve(spec: str) -> Any:
         near = difflib.get_close_matches(name, vars(module), n=1)
         fix = f"Did you mean {place}:{near[0]}?" if near else "Check the name after the colon."
         raise Misuse(f"{place} has no {name!r}.", fix) from error
+
+
+def called(spec: str, arguments: tuple[str, ...] = (), given: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """What the code at `spec` returns when called with name=value arguments, and with those of `given` that its
+    signature names; objects that are no code as they are."""
+    import curvature as cv
+    from curvature.errors import one_line
+
+    made = resolve(spec)
+    if not callable(made) or isinstance(made, cv.Objective) or _is_module(made):
+        return made
+    pairs = [argument.partition("=") for argument in arguments]
+    for name, equals, _ in pairs:
+        if not (name and equals):
+            raise Misuse(f"--arch-arg {name}{equals} is not of the form name=value.", "Write --arch-arg hidden=32.")
+    own = {name: _literal(value) for name, _, value in pairs}
+    try:
+        return made(**_taken(made, given, own), **own)
+    except cv.CurvatureError:
+        raise
+    except (Exception, SystemExit) as error:  # the user's own code can raise anything
+        raise cv.BadObjective(
+            f"Calling {spec} failed: {one_line(error)}.", "Run it with python to see where."
+        ) from error
+
+
+def _taken(made: Callable[..., Any], given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyper-parameters of a checkpoint that the code has arguments for, but not those that --arch-arg gives."""
+    from curvature.errors import listing
+
+    names = inspect.signature(made).parameters if given else ()
+    taken = {name: given[name] for name in names if name in given and name not in own}
+    if taken:
+        warn(f"took {listing([f'{name}={value}' for name, value in taken.items()])} from its hyper_parameters")
+    return taken
+
+
+def made_by(spec: str, arguments: tuple[str, ...], given: Mapping[str, Any]) -> torch.nn.Module:
+    """The module that the code at `spec` makes of --arch-arg and of what it takes of `given`."""
+    import curvature as cv
+
+    made = called(spec, arguments, given)
+    if not _is_module(made):
+        raise cv.BadObjective(f"{spec} made a {type(made).__name__}.", "It must return a torch.nn.Module.")
+    return made
+
+
+def _is_module(made: Any) -> bool:
+    import torch
+
+    return isinstance(made, torch.nn.Module)
+
+
+def _literal(text: str) -> Any:
+    """A number, list or quoted text as Python writes it; anything else as plain text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def import_from_here() -> None:

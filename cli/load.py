@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .code import import_from_here, is_spec, resolve
+from .code import called, import_from_here, is_spec, made_by, resolve
+from .data import data_of, parts_of_folder, say_all, whole_batches
 from .options import Look, Matrix, Misuse, Task
 from .output import warn
 
@@ -65,12 +66,12 @@ def load_checked(model: str | None, task: Task) -> cv.Objective:
 
 def test_of(objective: cv.Objective, name: str, task: Task) -> cv.Objective:
     """The loss alone, without a regulariser, of the data that --test names, at the same parameters."""
-    return replace(objective.on(_data(name), **_cut(task)), l2=0.0)
+    return replace(objective.on(data_of(name), **_cut(task)), l2=0.0)
 
 
 def looking(look: Look) -> dict[str, Any]:
     """The options of what is looked at, as the library takes them."""
-    return {"accuracy": look.accuracy, "held_out": _data(look.held_out)}
+    return {"accuracy": look.accuracy, "held_out": data_of(look.held_out)}
 
 
 def load_objective(model: str | None, task: Task) -> cv.Objective:
@@ -87,7 +88,7 @@ def load_objective(model: str | None, task: Task) -> cv.Objective:
             raise Misuse(
                 f"{model} is code, which brings its own model.", "Leave --arch out, or give a file of weights."
             )
-        return _from_made(_called(model), model, task)
+        return _from_made(called(model), model, task, data_of(task.data, task.target))
     return _from_file(model, task)
 
 
@@ -100,15 +101,17 @@ def _demo(model: str) -> cv.Objective:
 def _from_code(spec: str, model: str | None, task: Task) -> cv.Objective:
     """What the code at `spec` returns, with the weights of the file MODEL if there is one."""
     import curvature as cv
-    from curvature.io.weights import read_tensors, state_dict_of
+    from curvature.io.models import read_weights
+    from curvature.io.state_dicts import fitted
 
-    objective = _called(spec)
+    objective = called(spec)
     if not isinstance(objective, cv.Objective):
         raise cv.BadObjective(f"{spec} returned a {type(objective).__name__}.", "It must return a curvature.Objective.")
     if model is None:
         return objective
-    state, notes = state_dict_of(read_tensors(model, allow=task.allow_global))
-    _say_all(notes)
+    held = read_weights(model, trust=task.trust, allow=task.allow_global)
+    state, notes = fitted(objective.function.module, held.state_dict)
+    say_all([*held.notes, *notes])
     return objective.with_state(state)
 
 
@@ -119,28 +122,40 @@ def _from_file(path: str, task: Task) -> cv.Objective:
 
     if task.trust:
         import_from_here()
-    arch = None if task.arch is None else partial(_made, task.arch, task.arch_arg)
-    if recognise(path) is FileKind.OBJECTIVE:
-        data = _data(task.data)
-        objective = cv.Objective.load(path, trust=task.trust, arch=arch, data=data, **_cut(task))
+    arch = None if task.arch is None else partial(made_by, task.arch, task.arch_arg)
+    kind = recognise(path)
+    if task.base is not None and kind is not FileKind.ADAPTER:
+        raise Misuse(f"--base is for PEFT adapters, but {path} is {kind.value}.", "Leave it out.")
+    if kind is FileKind.OBJECTIVE:
+        make = None if arch is None else partial(arch, {})
+        objective = cv.Objective.load(
+            path, trust=task.trust, arch=make, data=data_of(task.data, task.target), **_cut(task)
+        )
         return _adjusted(objective, task, loaded=True)
+    if arch is None and kind in (FileKind.HUGGING_FACE, FileKind.ADAPTER):
+        module, data, task = parts_of_folder(Path(path), task)
+        return _from_made(module, path, task, data)
     _need_loss_and_data(path, task)  # before the file is opened: it may be large
     module, notes = read_module(path, arch=arch, trust=task.trust, allow=task.allow_global)
-    _say_all(notes)
-    return _from_made(module, path, task)
+    say_all(notes)
+    return _from_made(module, path, task, data_of(task.data, task.target))
 
 
-def _from_made(made: Any, name: str, task: Task) -> cv.Objective:
+def _from_made(made: Any, name: str, task: Task, data: Any) -> cv.Objective:
     """An objective of what MODEL turned out to be: an objective already, or a module."""
     import torch
 
     import curvature as cv
+    from curvature.io.models import fixed_batch
 
     if isinstance(made, cv.Objective):
         return _adjusted(made, task)
     if not isinstance(made, torch.nn.Module):
         raise cv.BadObjective(f"{name} made a {type(made).__name__}.", "Return a torch.nn.Module or an Objective.")
     _need_loss_and_data(name, task)
+    if (size := fixed_batch(made)) is not None:
+        data = whole_batches(data, size, task.max_examples, name)
+        task = replace(task, batch_size=None, max_examples=None)
     made = made.to(_device(task))
     options: dict[str, Any] = {
         "select": _select(task),
@@ -151,8 +166,8 @@ def _from_made(made: Any, name: str, task: Task) -> cv.Objective:
     }
     assert task.loss is not None
     if is_spec(task.loss):
-        return cv.Objective.from_loss(made, resolve(task.loss), _data(task.data), **options).first(task.max_examples)
-    return cv.Objective.of(made, task.loss, _data(task.data), **options).first(task.max_examples)
+        return cv.Objective.from_loss(made, resolve(task.loss), data, **options).first(task.max_examples)
+    return cv.Objective.of(made, task.loss, data, **options).first(task.max_examples)
 
 
 def _adjusted(objective: cv.Objective, task: Task, *, loaded: bool = False) -> cv.Objective:
@@ -164,7 +179,7 @@ def _adjusted(objective: cv.Objective, task: Task, *, loaded: bool = False) -> c
     if task.params or task.exclude:
         objective = objective.narrowed(_select(task))
     if task.data is not None and not loaded:
-        objective = objective.on(_data(task.data), **_cut(task))
+        objective = objective.on(data_of(task.data, task.target), **_cut(task))
     if task.mode is not None and task.mode != objective.mode:
         objective = objective.in_mode(task.mode)
     if task.l2:
@@ -181,23 +196,6 @@ def _need_loss_and_data(name: str, task: Task) -> None:
         )
 
 
-def _data(name: str | None) -> Any:
-    """What --data or --held-out name: arrays from a file, a demo's batches, or what code returns."""
-    import curvature as cv
-    from curvature.io.data import read_data
-
-    if name is None:
-        return None
-    if name.startswith("demo:"):
-        return _demo(name).batches
-    if is_spec(name):
-        made = _called(name)
-        if made is None:
-            raise cv.BadObjective(f"{name} returned nothing.", "Return a DataLoader, batches, or tensors.")
-        return made
-    return read_data(name)
-
-
 def _cut(task: Task) -> dict[str, int]:
     return {} if task.batch_size is None else {"batch_size": task.batch_size}
 
@@ -207,52 +205,6 @@ def _select(task: Task) -> Callable[[str, Any], bool]:
 
     wanted, unwanted = predicate(task.params or None), predicate(task.exclude)
     return lambda name, p: wanted(name, p) and not unwanted(name, p)
-
-
-def _called(spec: str, arguments: tuple[str, ...] = ()) -> Any:
-    """What the code at `spec` returns when called with name=value arguments; objects that are no code as they are."""
-    import curvature as cv
-    from curvature.errors import one_line
-
-    made = resolve(spec)
-    if not callable(made) or isinstance(made, cv.Objective) or _is_module(made):
-        return made
-    pairs = [argument.partition("=") for argument in arguments]
-    for name, equals, _ in pairs:
-        if not (name and equals):
-            raise Misuse(f"--arch-arg {name}{equals} is not of the form name=value.", "Write --arch-arg hidden=32.")
-    try:
-        return made(**{name: _literal(value) for name, _, value in pairs})
-    except cv.CurvatureError:
-        raise
-    except (Exception, SystemExit) as error:  # the user's own code can raise anything
-        raise cv.BadObjective(
-            f"Calling {spec} failed: {one_line(error)}.", "Run it with python to see where."
-        ) from error
-
-
-def _made(spec: str, arguments: tuple[str, ...]) -> torch.nn.Module:
-    """The module that the code at `spec` makes."""
-    import curvature as cv
-
-    made = _called(spec, arguments)
-    if not _is_module(made):
-        raise cv.BadObjective(f"{spec} made a {type(made).__name__}.", "It must return a torch.nn.Module.")
-    return made
-
-
-def _is_module(made: Any) -> bool:
-    import torch
-
-    return isinstance(made, torch.nn.Module)
-
-
-def _literal(text: str) -> Any:
-    """A number, list or quoted text as Python writes it; anything else as plain text."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def _dtype(task: Task) -> torch.dtype | None:
@@ -273,8 +225,3 @@ def _device(task: Task) -> torch.device:
         raise Misuse(
             f"--device {task.device} cannot be used: {first}.", "Use cpu, or install a torch for it."
         ) from error
-
-
-def _say_all(notes: list[str]) -> None:
-    for note in notes:
-        warn(note)

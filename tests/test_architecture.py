@@ -57,13 +57,11 @@ def test_a_file_imports_only_from_the_layers_before_its_own(path):
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_each_dependency_stays_in_its_place(path):
     modules = imports(path)
-    banned = {"curvature_cli", "rich", "cyclopts", "transformers", "matplotlib"}
+    banned = {"curvature_cli", "rich", "cyclopts", "transformers", "peft", "matplotlib"}
     if layer_of(path) == "plots":
         banned -= {"matplotlib"}
     if name_of(path) == "result.py":
         banned -= {"matplotlib"}  # the type of `Result.plot`, for type checkers
-    if name_of(path) == "io/models.py":
-        banned -= {"transformers"}
     if layer_of(path) == "linalg":
         banned |= {"torch.nn", "torch.func"}
     for module in modules:

@@ -20,8 +20,9 @@ from curvature.errors import BadFile, UnsafeFile, printable
 from curvature.io.layers import LAYERS, arguments_of, make_layer, same_layer, tensors_of
 from curvature.io.recognise import FileKind, pickles, recognise
 from curvature.io.safe import read_pickled
+from curvature.io.state_dicts import load_into
 from curvature.io.tensors import check_tensors
-from curvature.io.weights import load_into, module_in
+from curvature.io.weights import module_in
 
 MAX_LAYERS = 10_000
 MAX_DEPTH = 32

@@ -12,18 +12,25 @@ import torch
 from torch import Tensor
 
 from curvature.errors import BadFile
+from curvature.io.recognise import is_text
+from curvature.io.tables import arrays_of, read_table
 from curvature.io.weights import read_tensors
 
 PAIRS = (("inputs", "targets"), ("x", "y"), ("X", "y"), ("data", "target"), ("data", "targets"))
 
 
-def read_data(path: str | Path) -> Any:
-    """The data set in a .npz, safetensors or torch.save file, told by content.
+def read_data(path: str | Path, *, target: str | None = None) -> Any:
+    """The data set in a .npz, safetensors, torch.save or CSV file (or JSON lines), told by content.
 
     Two arrays called x and y (or inputs and targets, data and target) become the tuple (inputs, targets), any other
-    names a dict of tensors; a torch.save file may also hold a list of batches. Raises BadFile or UnsafeFile.
+    names a dict of tensors; a torch.save file may also hold a list of batches. Of a table, the column `target` (by
+    default the last) holds the targets. Raises BadFile or UnsafeFile.
     """
     path = Path(path)
+    if is_text(path):
+        return arrays_of(read_table(path), target, path)
+    if target is not None:
+        raise ValueError(f"A target is a column of a table in text, which {path} is not.")
     held = _read_npz(path) if _is_npz(path) else read_tensors(path)
     if isinstance(held, Mapping) and held and all(isinstance(value, Tensor) for value in held.values()):
         for names in PAIRS:

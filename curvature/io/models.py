@@ -2,120 +2,110 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.fx import GraphModule
 
-from curvature.errors import BadFile, UnsafeFile, listing, printable
+from curvature.errors import BadFile, UnsafeFile, listing
 from curvature.io.architecture import load_stock
+from curvature.io.hugging_face import read_adapter, read_folder, weights_file
 from curvature.io.recognise import FileKind, pickle_globals, recognise
-from curvature.io.weights import load_into, load_trusted, read_tensors, read_trusted, state_dict_of
+from curvature.io.state_dicts import fitted, load_into, state_dict_of
+from curvature.io.weights import load_trusted, read_tensors, read_trusted
 
-WEIGHTS = (FileKind.TENSORS, FileKind.LEGACY, FileKind.SAFETENSORS)
+Architecture = Callable[[Mapping[str, Any]], nn.Module]
+
+_WEIGHTS = (FileKind.TENSORS, FileKind.LEGACY, FileKind.LIGHTNING, FileKind.SAFETENSORS, FileKind.SHARDS, FileKind.DCP)
+_PICKLED = (FileKind.TENSORS, FileKind.LEGACY, FileKind.LIGHTNING, FileKind.DCP)
+
+
+class Weights(NamedTuple):
+    """Tensors by the names of a state_dict, notes on how they were found, and Lightning's hyper_parameters."""
+
+    state_dict: Mapping[str, Tensor]
+    notes: list[str]
+    hyper_parameters: Mapping[str, Any]
 
 
 def read_module(
     path: str | Path,
     *,
-    arch: Callable[[], nn.Module] | None = None,
+    arch: Architecture | None = None,
+    base: Path | None = None,
     trust: bool = False,
     allow: Sequence[str] = (),
 ) -> tuple[nn.Module, list[str]]:
     """The module at `path`, on the CPU, and notes on what was done to read it.
 
-    Weights need `arch`, which makes the module they belong to. A pickled nn.Sequential of stock layers and a Hugging
-    Face folder load as data; any other pickled module, TorchScript and .pt2 run code and need `trust`. `allow` names
-    further classes that may be unpickled. Raises BadFile or UnsafeFile with the ways on, before any code has run.
+    Weights need `arch`, which makes the module they belong to, from the hyper_parameters of a Lightning checkpoint
+    (empty for others). A pickled nn.Sequential of stock layers and a Hugging Face folder load as data, as does a PEFT
+    adapter, of whose model `base` is the folder; any other pickled module, TorchScript and .pt2 run code and need
+    `trust`. `allow` names further classes that may be unpickled. Raises BadFile or UnsafeFile with the ways on, before
+    any code has run.
     """
     path = Path(path)
     kind = recognise(path)
+
+    def read(file: Path) -> Mapping[str, Tensor]:
+        return read_weights(file, trust=False, allow=allow).state_dict
+
+    if arch is not None:
+        held = read_weights(path, trust=trust, allow=allow)
+        module = arch(held.hyper_parameters)
+        state, notes = fitted(module, held.state_dict)
+        load_into(module, state)
+        return module, [*held.notes, *notes]
     if kind is FileKind.HUGGING_FACE:
-        return _hugging_face(path)
-    if kind in WEIGHTS and not (kind is FileKind.LEGACY and arch is None):
-        return _with_weights(path, kind, arch, trust, allow)
-    if arch is not None and kind is not FileKind.DCP:
-        module = load_trusted(path) if trust else _stock_or_refuse(path, kind)
-        fresh = arch()
-        load_into(fresh, module.state_dict())
-        return fresh, [f"took the weights of {kind.value} into --arch"]
+        return read_folder(path, read)
+    if kind is FileKind.ADAPTER:
+        return read_adapter(path, read, base)
+    if kind in _WEIGHTS and kind is not FileKind.LEGACY and (trust or kind is not FileKind.DCP):
+        raise BadFile(
+            f"{path} is {kind.value}: weights without the model they belong to.",
+            "Name the code that makes the model: --arch ./file.py:NAME.",
+        )
     if trust:
         return load_trusted(path), [f"ran code of {path}, as --trust allows"]
     return _stock_or_refuse(path, kind), []
 
 
-def _with_weights(
-    path: Path, kind: FileKind, arch: Callable[[], nn.Module] | None, trust: bool, allow: Sequence[str]
-) -> tuple[nn.Module, list[str]]:
-    if arch is None:
-        raise BadFile(
-            f"{path} is {kind.value}: weights without the model they belong to.",
-            "Name the code that makes the model: --arch ./file.py:NAME.",
-        )
-    pickled = kind is not FileKind.SAFETENSORS
-    held = read_trusted(path) if trust and pickled else read_tensors(path, allow=allow)
-    state, notes = state_dict_of(held)
-    module = arch()
-    if not isinstance(module, nn.Module):
-        raise BadFile(f"--arch made a {type(module).__name__}.", "It must return a torch.nn.Module.")
-    load_into(module, state)
-    return module, notes
+def fixed_batch(module: nn.Module) -> int | None:
+    """The only number of examples that an exported program takes; None when it takes any, or is something else."""
+    if not isinstance(module, GraphModule):
+        return None
+    inputs = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
+    first = [value.shape[0] for value in inputs if isinstance(value, Tensor) and value.ndim]
+    fixed = bool(first) and all(isinstance(size, int) and size == first[0] for size in first)  # others are symbols
+    return first[0] if fixed else None
+
+
+def read_weights(path: str | Path, *, trust: bool = False, allow: Sequence[str] = ()) -> Weights:
+    """The weights in a file or folder of any kind; those inside a module or a program as its state_dict."""
+    path = Path(path)
+    kind = recognise(path)
+    if kind is FileKind.HUGGING_FACE:
+        return read_weights(weights_file(path), trust=trust, allow=allow)
+    if kind in (FileKind.MODULE, FileKind.TORCHSCRIPT, FileKind.EXPORTED):
+        module = load_trusted(path) if trust else _stock_or_refuse(path, kind)
+        return Weights(module.state_dict(), [f"took the weights of {kind.value}"], {})
+    held = read_trusted(path) if trust and kind in _PICKLED else read_tensors(path, allow=allow)
+    if isinstance(held, nn.Module):  # in the format before 1.6, where only reading tells
+        return Weights(held.state_dict(), [f"took the weights of {kind.value}"], {})
+    given = held.get("hyper_parameters") if kind is FileKind.LIGHTNING else None
+    return Weights(*state_dict_of(held), given if isinstance(given, Mapping) else {})
 
 
 def _stock_or_refuse(path: Path, kind: FileKind) -> nn.Module:
     """The module of stock layers pickled in the file; UnsafeFile for everything that would run code."""
     if kind in (FileKind.MODULE, FileKind.LEGACY):
         return load_stock(path)
-    names = [printable(name) for name in pickle_globals(path)[:3]] if kind is FileKind.MODULE else []
+    if kind is FileKind.DCP:
+        read_tensors(path)  # raises with its own ways on
+    names = f" ({listing(pickle_globals(path), 3)})" if kind is FileKind.MODULE else ""
     raise UnsafeFile(
-        f"{path} is {kind.value}, and loading it runs code" + (f" ({', '.join(names)})." if names else "."),
+        f"{path} is {kind.value}, and loading it runs code{names}.",
         "Pass --trust if you trust its author, or save model.state_dict() and pass --arch ./file.py:NAME.",
     )
-
-
-def _hugging_face(folder: Path) -> tuple[nn.Module, list[str]]:
-    """The model of a Hugging Face folder, of the class its config names; never code from the folder itself."""
-    try:
-        import transformers  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise BadFile(
-            f"{folder} is a Hugging Face folder, and transformers is not installed.",
-            'Install it: pip install "curvature-toolkit[hf]".',
-        ) from error
-    try:
-        names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or ["AutoModel"]
-        known = isinstance(names[0], str) and hasattr(transformers, names[0])
-        make = getattr(transformers, names[0] if known else "AutoModel")
-        with _quietly(transformers), torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)  # for what the folder lacks
-            module, found = make.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False, output_loading_info=True
-            )
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
-        first = printable((str(error).strip().splitlines() or [type(error).__name__])[0])
-        raise BadFile(
-            f"{folder} cannot be loaded as a Hugging Face model: {first}",
-            "Check that the folder is whole, or pass --objective ./file.py:NAME that builds the model.",
-        ) from error
-    missing = sorted(found["missing_keys"])
-    drawn = f"{folder} lacks {len(missing)} tensors of {names[0]}, which were drawn at random: {listing(missing)}"
-    return module, [drawn] if missing else []
-
-
-@contextmanager
-def _quietly(transformers: Any) -> Iterator[None]:
-    """Context without transformers' progress bar and report: what matters in it is said by whoever calls."""
-    logging = transformers.utils.logging
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()

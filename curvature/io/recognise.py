@@ -10,6 +10,7 @@ import stat
 import struct
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from curvature.errors import BadFile, printable
 from curvature.io import archive
@@ -22,11 +23,14 @@ class FileKind(Enum):
     TENSORS = "a torch.save file of tensors"
     MODULE = "a pickled nn.Module"
     LEGACY = "a torch.save file in the format before 1.6"
+    LIGHTNING = "a Lightning checkpoint"
     OBJECTIVE = "a saved curvature objective"
     TORCHSCRIPT = "a TorchScript archive"
     EXPORTED = "an exported program (.pt2)"
     SAFETENSORS = "a safetensors file"
+    SHARDS = "weights in several files"
     HUGGING_FACE = "a Hugging Face model folder"
+    ADAPTER = "a PEFT adapter folder"
     DCP = "a distributed checkpoint folder"
 
 
@@ -35,8 +39,13 @@ OBJECTIVE_FORMAT = "curvature-objective-1"  # a saved objective is a dict with "
 _LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # pickle of 0x1950a86a20f9469cfc6c
 _LEGACY_PICKLES = 5  # magic, protocol, system, the object, the keys of its storages
 _MODULE_FIELDS = {"_parameters", "_buffers", "_modules"}  # keys of every nn.Module's pickled state
+_LIGHTNING_MARK = "pytorch-lightning_version"
+_INDEX_MARK = "weight_map"  # of the JSON file that says which tensor is in which file
+_JSON_LIMIT = 64 << 20
 _HEADER_LIMIT = 100_000_000  # of the safetensors format
 _HEAD = 1024
+_LFS, _PAGES = b"version https://git-lfs", (b"<!doctype html", b"<html")
+_EXTENSIONS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pt2")  # only to suggest a file
 _SAVE_TENSORS = "Give a file made by torch.save(model.state_dict(), path) or by safetensors."
 _OTHER_FORMATS = {
     b"\x93NUMPY": "a NumPy array",
@@ -62,7 +71,17 @@ def recognise(path: str | os.PathLike[str]) -> FileKind:
         (header,) = struct.unpack("<Q", head[:8])
         if 8 + header <= size and header <= _HEADER_LIMIT:
             return FileKind.SAFETENSORS
+    if head.lstrip().startswith(b"{") and _INDEX_MARK in json_object(path):
+        return FileKind.SHARDS
     raise BadFile(*_why_unknown(path, head, size))
+
+
+def is_text(path: str | os.PathLike[str]) -> bool:
+    """Whether it is a file of text that could be data: no page, no pointer to another file, no index of weights."""
+    path = Path(path)
+    head, _ = _head(path)
+    known = any(head.lstrip().lower().startswith(mark) for mark in (*_PAGES, _LFS))
+    return bool(head) and not known and _is_text(head) and _INDEX_MARK not in json_object(path)
 
 
 def pickle_globals(path: str | os.PathLike[str]) -> tuple[str, ...]:
@@ -86,6 +105,23 @@ def pickles(path: str | os.PathLike[str]) -> list[Pickle]:
         raise BadFile(f"{path} holds no pickle of torch.save.", _SAVE_TENSORS) from error
     except ValueError as error:
         raise BadFile(f"{path} is truncated or damaged: {printable(error)}.", archive.AGAIN) from error
+
+
+def json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The object in a JSON file; empty when it is missing, damaged, too large for one, or something else."""
+    path = Path(path)
+    try:
+        small = path.is_file() and path.stat().st_size <= _JSON_LIMIT
+        content = json.loads(path.read_bytes()) if small else None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def index_of(folder: Path) -> Path | None:
+    """The file that says which tensor is in which file of the folder; None unless there is exactly one."""
+    found = [path for path in sorted(folder.glob("*.index.json")) if _INDEX_MARK in json_object(path)]
+    return found[0] if len(found) == 1 else None
 
 
 def _head(path: Path) -> tuple[bytes, int]:
@@ -128,6 +164,8 @@ def _zip_kind(path: Path) -> FileKind:
     (pickle,) = pickles(path)
     if pickle.strings[:2] == ("format", OBJECTIVE_FORMAT):
         return FileKind.OBJECTIVE
+    if _LIGHTNING_MARK in pickle.strings:
+        return FileKind.LIGHTNING
     return FileKind.MODULE if _MODULE_FIELDS.issubset(pickle.strings) else FileKind.TENSORS
 
 
@@ -135,31 +173,23 @@ def _folder_kind(path: Path) -> FileKind:
     """The kind of a folder by the files that mark it; BadFile when there are none."""
     if (path / ".metadata").is_file():
         return FileKind.DCP
-    if {"model_type", "architectures"} & _keys(path / "config.json"):
+    if {"model_type", "architectures"} & json_object(path / "config.json").keys():
         return FileKind.HUGGING_FACE
-    if (path / "adapter_config.json").is_file():
-        raise BadFile(
-            f"{path} holds a PEFT adapter without its base model.",
-            "Merge the adapter into the model, or build both in Python and give an Objective.",
-        )
-    raise BadFile(f"{path} is a folder, but not of a model.", "Give the model file in it, such as model.pt.")
-
-
-def _keys(path: Path) -> set[str]:
-    """Top-level keys of a JSON file; empty when it is missing or something else."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return set()
-    return set(content) if isinstance(content, dict) else set()
+    if "peft_type" in json_object(path / "adapter_config.json"):
+        return FileKind.ADAPTER
+    if index_of(path) is not None:
+        return FileKind.SHARDS
+    inside = sorted(file.name for file in path.iterdir() if file.suffix in _EXTENSIONS)
+    fix = f"Give the file in it: {path / printable(inside[0])}." if inside else "Give the model file in it."
+    raise BadFile(f"{path} is a folder, but not of a model.", fix)
 
 
 def _why_unknown(path: Path, head: bytes, size: int) -> tuple[str, str]:
     """Cause and fix for a file that is none of the kinds."""
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if start.startswith(b"version https://git-lfs"):
+    if start.startswith(_LFS):
         return f"{path} is a Git LFS pointer, not the model itself.", "Fetch the model with `git lfs pull`."
-    if start.startswith((b"<!doctype html", b"<html")):
+    if start.startswith(_PAGES):
         return f"{path} is an HTML page, not a model.", "Download the raw file, not the page that shows it."
     if head[8:9] == b"{" and b'"' in head[9:32]:
         return f"{path} is a safetensors file cut short at {size:,} bytes, or damaged.", archive.AGAIN

@@ -39,7 +39,7 @@ def read_pickled(path: str | PathLike[str], allowed: Sequence[Any], *, fix: str 
     with torch.serialization.safe_globals(new), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about pickle protocols; what matters is an error below
         if refused := _refused(pickle_globals(path)):
-            raise _unsafe(path, refused, fix)
+            raise _quantised(path) if any(".quantized." in name for name in refused) else _unsafe(path, refused, fix)
         if archive.is_zip(path):
             archive.verify(path)
         try:
@@ -92,6 +92,11 @@ def _unsafe(path: str | PathLike[str], names: Sequence[str], fix: str | None = N
         or f"If these are harmless pass --allow-global {listing(names).replace(', ', ',')}, or save the tensors "
         "as safetensors; if you trust the author of the file pass --trust.",
     )
+
+
+def _quantised(path: str | PathLike[str]) -> BadFile:
+    """The refusal of a file of torch.ao.quantization, which trust would not make differentiable."""
+    return BadFile(f"{path} is quantised and has no derivatives.", "Give the float model that it was made from.")
 
 
 def _not_plain(path: str | PathLike[str], told: str) -> BadFile | UnsafeFile:

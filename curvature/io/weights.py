@@ -7,25 +7,26 @@ lengths or headers change.
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from curvature.errors import BadFile, UnsafeFile, listing, one_line
+from curvature.errors import BadFile, UnsafeFile, one_line
 from curvature.io import archive
 from curvature.io.recognise import FileKind, recognise
 from curvature.io.safe import SAVE_WEIGHTS, read_pickled, read_safetensors, resolved
+from curvature.io.shards import read_shards
 from curvature.io.tensors import check_tensors
-from curvature.io.tensors import non_finite_tensors as non_finite_tensors
 
 _ARCH = "Name the class of the model with --arch FILE.py:NAME."
-_DEEPEST = 4  # wrappings that are looked through: a pickled dict can contain itself
-_WRAPPINGS = ("state_dict", "model_state_dict", "model", "module")
+_MODULES = ("model", "module", "state_dict", "net")  # keys under which a dict keeps a whole module
 
 
 def read_tensors(path: str | PathLike[str], *, allow: Sequence[str] = ()) -> Any:
@@ -38,6 +39,8 @@ def read_tensors(path: str | PathLike[str], *, allow: Sequence[str] = ()) -> Any
     kind = recognise(path)
     if kind is FileKind.SAFETENSORS:
         loaded = read_safetensors(path)
+    elif kind is FileKind.SHARDS:
+        loaded = read_shards(path, lambda shard: read_tensors(shard, allow=allow))
     elif kind in _UNREADABLE:
         error, cause, fix = _UNREADABLE[kind]
         raise error(f"{path} is {kind.value}{cause}", fix)
@@ -59,60 +62,14 @@ _UNREADABLE: dict[FileKind, tuple[type[BadFile | UnsafeFile], str, str]] = {
         ", which can run code when it is loaded.",
         f"Pass --trust if you trust its author, or {SAVE_WEIGHTS}",
     ),
+    FileKind.ADAPTER: (BadFile, ", not one file of weights.", "Give the adapter_model.safetensors in it."),
     FileKind.DCP: (
         UnsafeFile,
         ", whose index is a pickle that can run code.",
-        "If you trust it, convert it with torch.distributed.checkpoint.format_utils.dcp_to_torch_save.",
+        "Pass --trust if you trust its author, or convert it where it was saved: python -m "
+        "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pt.",
     ),
 }
-
-
-def state_dict_of(loaded: Any) -> tuple[dict[str, Tensor], list[str]]:
-    """The state_dict inside what a file holds, and a note for each thing that was taken off or left out.
-
-    Looks through the usual wrappings of checkpoints (also Lightning's), then strips the prefixes of
-    torch.compile and DistributedDataParallel. BadFile when no tensors are where a state_dict should be.
-    """
-    notes = []
-    while len(notes) < _DEEPEST and (wrapping := _wrapping(loaded)):
-        left = [key for key in loaded if key != wrapping]
-        notes.append(f"took {wrapping!r}" + (f", left out {listing(left)}" if left else ""))
-        loaded = loaded[wrapping]
-    entries = loaded if isinstance(loaded, Mapping) else {}
-    tensors = {name: entry for name, entry in entries.items() if isinstance(entry, Tensor)}
-    tensors = {name: entry for name, entry in tensors.items() if isinstance(name, str)}
-    if not tensors:
-        held = listing(list(entries)) or f"a {type(loaded).__name__}"
-        cause = f"There is no state_dict in what the file holds: {held}."
-        raise BadFile(cause, f"To save one {SAVE_WEIGHTS}")
-    if len(tensors) < len(entries):
-        left = [name for name in entries if name not in tensors]
-        notes.append(f"left out what is not a tensor: {listing(left)}")
-    return _without_prefixes(tensors, notes), notes
-
-
-def load_into(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Copy `state_dict` into `module`; a module on the meta device takes the tensors themselves.
-
-    Of names that are tied in the module one is enough. BadFile, before any tensor changed, when names,
-    shapes or kinds of number (complex, real, integer) differ; the precision may.
-    """
-    own = module.state_dict(keep_vars=True)
-    state_dict = _with_tied(own, state_dict)
-    differences = {name: _difference(own[name], state_dict[name]) for name in own if name in state_dict}
-    problems = {
-        "missing": [name for name in own if name not in state_dict],
-        "unexpected": [name for name in state_dict if name not in own],
-        "different": [f"{name} ({words})" for name, words in differences.items() if words],
-    }
-    if any(problems.values()):
-        told = [f"{len(names)} {kind}: {listing(names, 3)}" for kind, names in problems.items() if names]
-        raise BadFile(
-            f"The file's tensors do not fit {type(module).__name__}: {'; '.join(told)}.",
-            "Check that --arch builds the model with the options it was trained with.",
-        )
-    on_meta = any(isinstance(entry, Tensor) and entry.is_meta for entry in own.values())
-    module.load_state_dict(state_dict, assign=on_meta)
 
 
 def load_trusted(path: str | PathLike[str]) -> nn.Module:
@@ -128,7 +85,7 @@ def read_trusted(path: str | PathLike[str]) -> Any:
     kind = recognise(path)
     if kind not in _TRUSTED:
         raise BadFile(f"{path} is {kind.value}, which holds no module.", _ARCH)
-    if archive.is_zip(path):
+    if kind is not FileKind.DCP and archive.is_zip(path):
         archive.verify(path)
     try:
         with warnings.catch_warnings():
@@ -143,46 +100,10 @@ def read_trusted(path: str | PathLike[str]) -> Any:
 def module_in(loaded: Any, path: str | PathLike[str]) -> nn.Module:
     """The module that a file held, alone or under a usual key of a dict; BadFile when there is none."""
     if isinstance(loaded, Mapping):
-        loaded = next((loaded[key] for key in _WRAPPINGS if isinstance(loaded.get(key), nn.Module)), loaded)
+        loaded = next((loaded[key] for key in _MODULES if isinstance(loaded.get(key), nn.Module)), loaded)
     if not isinstance(loaded, nn.Module):
         raise BadFile(f"{path} holds a {type(loaded).__name__} without a module.", _ARCH)
     return loaded
-
-
-def _wrapping(loaded: Any) -> str | None:
-    """The key under which a checkpoint keeps its state_dict; None when this is not a wrapping."""
-    if not isinstance(loaded, Mapping):
-        return None
-    return next((key for key in _WRAPPINGS if isinstance(loaded.get(key), Mapping)), None)
-
-
-def _without_prefixes(tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    """The same tensors under the names of the unwrapped model; appends what was stripped to `notes`."""
-    plain = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
-    if plain.keys() != tensors.keys() and len(plain) == len(tensors):
-        notes.append("stripped '_orig_mod.' (torch.compile) from names")
-        tensors = plain
-    if all(name.startswith("module.") for name in tensors):
-        notes.append("stripped 'module.' (DistributedDataParallel) from names")
-        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    return tensors
-
-
-def _with_tied(own: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state_dict` with the names added that the module has for tensors it holds under another name, too."""
-    present = {id(entry): name for name, entry in own.items() if name in state_dict}
-    tied = {name: state_dict[present[id(entry)]] for name, entry in own.items() if id(entry) in present}
-    return {**tied, **state_dict}
-
-
-def _difference(own: Any, new: Tensor) -> str:
-    """Why `new` cannot take the place of `own`; empty when it can."""
-    if not isinstance(own, Tensor) or nn.parameter.is_lazy(own):  # extra state; a shape that is yet to come
-        return ""
-    if own.shape != new.shape:
-        return f"file {list(new.shape)}, model {list(own.shape)}"
-    same_kind = (own.is_complex(), own.is_floating_point()) == (new.is_complex(), new.is_floating_point())
-    return "" if same_kind else f"file {new.dtype}, model {own.dtype}"
 
 
 def _load_pickled(path: str | PathLike[str]) -> Any:
@@ -202,12 +123,24 @@ def _load_exported(path: str | PathLike[str]) -> nn.Module:
         return torch.export.load(file).module()
 
 
+def _load_distributed(path: str | PathLike[str]) -> Any:
+    """The tensors of a distributed checkpoint, gathered into one file that is read and removed."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    with tempfile.TemporaryDirectory() as folder:
+        gathered = os.path.join(folder, "gathered.pt")
+        dcp_to_torch_save(path, gathered)
+        return _load_pickled(gathered)
+
+
 _TRUSTED: dict[FileKind, Callable[[str | PathLike[str]], Any]] = {
     FileKind.TENSORS: _load_pickled,
     FileKind.MODULE: _load_pickled,
     FileKind.LEGACY: _load_pickled,
+    FileKind.LIGHTNING: _load_pickled,
     FileKind.TORCHSCRIPT: _load_torchscript,
     FileKind.EXPORTED: _load_exported,
+    FileKind.DCP: _load_distributed,
 }
 
 

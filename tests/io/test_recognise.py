@@ -161,7 +161,8 @@ def test_a_missing_file_is_told_with_its_near_miss(tmp_path):
         ({"config.json": "{}"}, r"is a folder, but not of a model"),
         ({"config.json": "[" * 100_000}, r"is a folder, but not of a model"),
         ({"config.json": '["model_type"]'}, r"is a folder, but not of a model"),
-        ({"adapter_config.json": "{}"}, r"holds a PEFT adapter without its base model\. Merge the adapter"),
+        ({"adapter_config.json": "{}"}, r"is a folder, but not of a model"),
+        ({"b.ckpt": "", "a.pt": ""}, r"not of a model\. Give the file in it: .*/a\.pt\."),
     ],
 )
 def test_other_folders_are_refused(tmp_path, files, message):
