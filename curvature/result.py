@@ -145,10 +145,12 @@ class Result:
         """The result that was saved in `folder`; BadFile when it is not one, was changed, or is of another kind."""
         import safetensors.torch
 
-        path = Path(folder) / "result.json"
+        path, beside = Path(folder) / "result.json", Path(folder) / "arrays.safetensors"
+        if not (path.is_file() and beside.is_file()):  # reading a pipe or a device might never end
+            raise BadFile(f"{folder} is not a saved result.", "Give the folder that `save` wrote.")
         try:
             written = json.loads(path.read_text(encoding="utf-8"))
-            arrays = (path.parent / written["arrays"]["file"]).read_bytes()
+            arrays = beside.read_bytes()
             kind, digest = written["kind"], written["arrays"]["sha256"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadFile(f"{path} is not a saved result: {error}.", "Give the folder that `save` wrote.") from error
