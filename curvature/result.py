@@ -146,8 +146,10 @@ class Result:
         import safetensors.torch
 
         path, beside = Path(folder) / "result.json", Path(folder) / "arrays.safetensors"
-        if not (path.is_file() and beside.is_file()):  # reading a pipe or a device might never end
-            raise BadFile(f"{folder} is not a saved result.", "Give the folder that `save` wrote.")
+        if missing := [file.name for file in (path, beside) if not file.is_file()]:  # a device might never end
+            raise BadFile(
+                f"{path} is not a saved result: there is no file {missing[0]}.", "Give the folder that `save` wrote."
+            )
         try:
             written = json.loads(path.read_text(encoding="utf-8"))
             arrays = beside.read_bytes()
