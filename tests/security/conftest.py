@@ -1,0 +1,5 @@
+"""The command line in an empty folder."""
+
+from command_line import curv as curv
+from command_line import folder as folder
+from command_line import task as task
