@@ -67,6 +67,16 @@ NULL_SPACE = {
     "test_gradients_can_be_accumulated": "while moments are of less than full rank, rounding chooses a basis of the rest"
 }
 
+EVERY_STEP = "no step is between refreshes: each takes its gradient into the window, and solves with it"
+WINDOW = {
+    name: EVERY_STEP
+    for name in (
+        "test_a_step_between_refreshes_reads_no_value",
+        "test_an_update_between_refreshes_is_one_graph",
+        "test_a_step_between_refreshes_does_not_wait_for_the_gpu",
+    )
+}
+
 LOWERS = {"test_ascent_is_descent_of_the_negative": "a control lowers losses, and refuses maximize=True"}
 
 CASES = [
@@ -149,6 +159,7 @@ CASES = [
         MFAC,
         2e-2,
         {"damping": 1e-3, "window": 16},
+        skips=WINDOW,
         invalid=(
             ({"window": 0}, "window is 1 or more, but got 0"),
             ({"damping": 0.0}, "damping is above 0, but got 0"),
@@ -158,13 +169,14 @@ CASES = [
         EFCP,
         2e-2,
         {"damping": 1e-3, "window": 16, "density": 0.5},
+        skips=WINDOW,
         invalid=(
             ({"density": 0.0}, "above 0 and up to 1, but got 0"),
             ({"momentum": 0.9}, "Give graft=None"),
             ({"rank": 0}, "rank is 1 or more"),
         ),
     ),
-    OptimizerCase(EFCP, 2e-2, {"damping": 1e-3, "window": 16, "rank": 1}, name="EFCP of low rank"),
+    OptimizerCase(EFCP, 2e-2, {"damping": 1e-3, "window": 16, "rank": 1}, name="EFCP of low rank", skips=WINDOW),
     OptimizerCase(
         SophiaG,
         1e-2,

@@ -478,3 +478,9 @@ def _check_group(group: dict[str, Any]) -> None:
     wrong = [p for p in group["params"] if not p.is_floating_point()]
     if wrong:
         raise ValueError(f"Expected real parameters, but got one of {wrong[0].dtype}.")
+    shards = [p for p in group["params"] if type(p.data).__name__ == "DTensor"]
+    if shards:
+        raise ValueError(
+            f"Expected whole parameters, but one of {tuple(shards[0].shape)} is a DTensor, as of fully_shard. "
+            "Train with DistributedDataParallel, where every process has them all."
+        )

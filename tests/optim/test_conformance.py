@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 from optimizers import CASES, OptimizerCase, awkward, batches
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DeviceMesh, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import curvature as cv
 from curvature.errors import NonFinite
@@ -59,6 +63,48 @@ def test_what_is_saved_goes_on_bit_for_bit(case, dtype):
         case.step(net, optimizer, batch)
         case.step(other, resumed, batch)
         assert same(bits(net), bits(other))
+
+
+@pytest.mark.slow
+def test_fifty_steps_later_too(case):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Embedding(7, 2), nn.Flatten(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
+    optimizer = case.make(net.named_parameters())
+    case.train(net, optimizer, batches(50))
+    other = copy.deepcopy(net)
+    resumed = case.make(other.named_parameters())
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    for batch in batches(4, seed=1):
+        case.step(net, optimizer, batch)
+        case.step(other, resumed, batch)
+    assert same(bits(net), bits(other))
+
+
+def test_what_is_loaded_goes_where_the_parameters_are(case):
+    net = awkward()
+    optimizer = case.make(net.named_parameters())
+    case.train(net, optimizer, batches(1))
+    bare = [(name, nn.Parameter(p.to("meta"))) for name, p in net.named_parameters()]  # a device that is everywhere
+    elsewhere = case.make(bare)
+    elsewhere.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert all(t.is_meta for state in elsewhere.state.values() for t in state.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_it_goes_on_on_a_gpu(case):
+    net = awkward()
+    optimizer = case.make(net.named_parameters())
+    case.train(net, optimizer, batches(12))
+    other = copy.deepcopy(net).cuda()
+    resumed = case.make(other.named_parameters())
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    batch = batches(1, seed=1)[0]
+    case.step(net, optimizer, batch)
+    case.step(other, resumed, (batch[0].cuda(), batch[1].cuda()))
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(q.cpu(), p, rtol=1e-6, atol=1e-8)
 
 
 def test_the_state_is_tensors_of_single_precision_at_least(case):
@@ -177,6 +223,25 @@ def test_schedulers_set_the_learning_rate(case):
     assert same(before, bits(net))
 
 
+@pytest.mark.parametrize("kind", ["one cycle", "plateau"])
+def test_schedulers_are_those_of_torch(case, kind):
+    net, twin = awkward(), awkward()
+    optimizer, other = case.make(net.named_parameters()), case.make(twin.named_parameters())
+    if kind == "one cycle":
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=case.lr, total_steps=4)  # of momentum, too
+    else:
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=1e3)
+    rates = []
+    for batch in batches(3):
+        rates.append([optimizer.param_groups[0][name] for name in ("lr", "momentum")])
+        other.param_groups[0] |= zip(("lr", "momentum"), rates[-1], strict=True)
+        loss = case.step(net, optimizer, batch)
+        case.step(twin, other, batch)
+        scheduler.step(*([loss] if kind == "plateau" else []))
+    assert all(len(set(some)) > 1 for some in list(zip(*rates, strict=True))[: 2 if kind == "one cycle" else 1])
+    assert same(bits(net), bits(twin))
+
+
 def test_weights_decay_apart_from_the_gradient(case):
     net, twin = awkward(), awkward()
     optimizer, other = (
@@ -204,6 +269,29 @@ def test_gradients_can_be_accumulated(case):
         other.step()
     for p, q in zip(net.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+
+
+def test_gradients_can_be_clipped_and_are_zeroed(case):
+    net, twin = awkward(), awkward()
+    optimizer, other = case.make(net.named_parameters()), case.make(twin.named_parameters())
+    for batch in batches(2):
+        for model in (net, twin):
+            nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1e-2)
+        norm = torch.stack([p.grad.norm() for p in twin.parameters()]).norm()
+        for model, opt in ((net, optimizer), (twin, other)):
+            if model is twin:
+                for p in model.parameters():
+                    p.grad.mul_(1e-2 / (norm + 1e-6))
+            if case.objective:
+                opt.observe(cv.Objective.of(model, "cross-entropy", [batch]))
+            opt.step()
+        assert norm > 1e-2 and same(bits(net), bits(twin))
+        optimizer.zero_grad()
+        other.zero_grad(set_to_none=False)
+        assert all(
+            p.grad is None and not q.grad.any() for p, q in zip(net.parameters(), twin.parameters(), strict=True)
+        )
 
 
 def test_ascent_is_descent_of_the_negative(case):
@@ -302,15 +390,68 @@ def test_before_a_step_there_is_no_matrix(case):
         case.make(awkward().named_parameters()).operator()
 
 
-def test_it_survives_a_copy(case):
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+)
+def test_it_survives_a_copy(case, copied):
     net = awkward()
     optimizer = case.make(net.named_parameters())
-    case.train(net, optimizer, batches(3))
-    other, copied = copy.deepcopy((net, optimizer))
+    case.train(net, optimizer, batches(2))
+    other, twin = copied((net, optimizer))
     batch = batches(1, seed=1)[0]
     case.step(net, optimizer, batch)
-    case.step(other, copied, batch)
+    case.step(other, twin, batch)
     assert same(bits(net), bits(other))
+
+
+def test_hooks_are_called_around_each_step(case):
+    net = awkward()
+    optimizer = case.make(net.named_parameters())
+    seen: list[str] = []
+    optimizer.register_step_pre_hook(lambda opt, args, kwargs: seen.append("before"))
+    optimizer.register_step_post_hook(lambda opt, args, kwargs: seen.append("after"))
+    case.train(net, optimizer, batches(2))
+    assert seen == ["before", "after"] * 2
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """A group of one process."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.group.WORLD
+    distributed.destroy_process_group()
+
+
+def compiled(net: nn.Module) -> nn.Module:
+    return torch.compile(net, backend="eager")  # pyright: ignore
+
+
+@pytest.mark.parametrize("wrap", [compiled, DistributedDataParallel], ids=["compiled", "parallel"])
+def test_models_may_be_wrapped(case, wrap: Callable[[nn.Module], nn.Module], alone):
+    net, twin = awkward(), awkward()
+    wrapped = wrap(twin)
+    optimizer, other = case.make(net.named_parameters()), case.make(wrapped.named_parameters())
+    for batch in batches(1):
+        case.step(net, optimizer, batch)
+        case.step(wrapped, other, batch)
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-8, atol=1e-10)
+    named, renamed = optimizer.routing.rows, other.routing.rows
+    assert [row[1:] for row in named] == [row[1:] for row in renamed]
+    assert all(b.endswith("." + a) for (a, *_), (b, *_) in zip(named, renamed, strict=True))
+
+
+def test_shards_are_refused(case, alone):
+    mesh = DeviceMesh("cpu", [0])
+    shard = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh))
+    with pytest.raises(ValueError, match=r"one of \(4, 4\) is a DTensor"):
+        case.make([("weight", shard)])
+
+
+def test_sparse_gradients_are_refused(case):
+    net = nn.Sequential(nn.Embedding(7, 2, sparse=True), nn.Flatten(), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match=r"is sparse, but expected a dense one. Use Embedding\(..., sparse=False\)"):
+        case.step(net, case.make(net.named_parameters()), batches(1)[0])
 
 
 @pytest.mark.parametrize(

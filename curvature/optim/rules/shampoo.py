@@ -146,7 +146,7 @@ class KroneckerRoots:
     def _factors(self, block: Block) -> list[Factor]:
         regions, own = self._tiling(block).regions, self._axes(block)
         return [
-            Factor(f"{i}.{axis}", i, axis, prod(count for _, count, _ in runs), runs[axis][2])
+            Factor(f"{i}.{axis}", i, axis, prod([count for _, count, _ in runs]), runs[axis][2])
             for i, runs in enumerate(regions)
             for axis in own
         ]
