@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curvature.comparison import Comparison
+from curvature.diagnostics.stability import StableRates
+from curvature.diagnostics.subspace import GradientShare
 from curvature.linalg.eigenpairs import Eigenpairs
 from curvature.linalg.spectrum import SpectralDensity
 from curvature.operators.by_layer import ByLayer
@@ -149,6 +151,20 @@ def _(result: Comparison, ax: Axes | None = None, **style: Any) -> Axes:
     from curvature.plots.comparison import draw_comparison
 
     return draw_comparison(result, new_axes() if ax is None else ax, **style)
+
+
+@plot.register(StableRates)
+def _(result: StableRates, ax: Axes | None = None, **style: Any) -> Axes:
+    from curvature.plots.training import draw_rates
+
+    return draw_rates(result, new_axes() if ax is None else ax, **style)
+
+
+@plot.register(GradientShare)
+def _(result: GradientShare, ax: Axes | None = None, **style: Any) -> Axes:
+    from curvature.plots.training import draw_share
+
+    return draw_share(result, new_axes() if ax is None else ax, **style)
 
 
 def interactive(result: Landscape) -> PlotlyFigure:

@@ -30,7 +30,8 @@ def draw_by_layer(result: ByLayer, ax: Axes, *, color: str = BLUE, **style: Any)
         ax.set_xlabel("eigenvalue (signed logarithmic axis)")
         ax.legend(fontsize="small", frameon=False, loc="best")
     else:
-        ax.set_xlabel(f"{result.origin.options['of']} of each layer")
+        of = result.origin.options["of"]
+        ax.set_xlabel(f"{'eigenvalues' if of == 'eigsh' else of} of each layer")
     return ax
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from curvature.operators.by_layer import ByLayer
 from curvature.result import Result
 
 if TYPE_CHECKING:
@@ -91,20 +92,19 @@ def page_of(report: Report, made_by: str) -> str:
 
 def _at_a_glance(report: Report) -> dict[str, str]:
     """The few numbers that most readers came for."""
+    said = {name: result.summary() for name, result in zip(report.names, report.results, strict=True)}
     wanted = {
-        "spectrum": {"lambda_max": "largest eigenvalue", "negative_share": "negative share of eigenvalues"},
-        "rates": {name: f"stable learning rate, {name}" for name in _names(report, "rates")},
+        "eigenvalues": {"eigenvalue 1": "largest eigenvalue"},
+        "spectrum": {"trace": "trace", "negative": "negative eigenvalues"},
+        "rates": {name: f"stable learning rate, {name}" for name in said.get("rates", ()) if "eigen" not in name},
+        "gradient": {"of the gradient": "gradient in the sharpest directions"},
     }
-    rows = {}
-    for question, labels in wanted.items():
-        if question in report.names:
-            numbers = report[question].quantities()
-            rows |= {label: str(numbers[name]) for name, label in labels.items() if name in numbers}
-    return rows
-
-
-def _names(report: Report, question: str) -> tuple[str, ...]:
-    return report[question].names if question in report.names else ()
+    return {
+        label: said[question][name]
+        for question, labels in wanted.items()
+        for name, label in labels.items()
+        if name in said.get(question, ())
+    }
 
 
 def _warnings(report: Report) -> str:
@@ -120,8 +120,15 @@ def _section(name: str, result: Result) -> str:
     partial = "" if result.complete else "<p class='warn'>Interrupted.</p>"
     return (
         f"<section id='{_text(name)}'><h2>{_text(heading)}</h2><p class='note'>{_text(reading)}</p>{partial}"
-        f"{_picture(name, result)}{_table(result.summary())}<p class='note'>{_text(result.cost)}</p></section>"
+        f"{_picture(name, result)}{_table(_rows(result))}<p class='note'>{_text(result.cost)}</p></section>"
     )
+
+
+def _rows(result: Result) -> dict[str, str]:
+    """What a table says: of layers a row each."""
+    if not isinstance(result, ByLayer):
+        return result.summary()
+    return {name: next(iter(layer.summary().values())) for name, layer in result.items()}
 
 
 def _table(rows: Mapping[str, str]) -> str:
