@@ -15,11 +15,10 @@ from curvature.plots.style import BLUE, GREY, ORANGE
 
 def draw_rates(result: StableRates, ax: Axes, *, color: str = BLUE, **style: Any) -> Axes:
     """A row for each rule on a logarithmic axis, with its 95 % interval; rules without a limit have none drawn."""
-    low, high = (bound.numpy() for bound in result.interval())
-    values, rows = result.value.numpy(), -np.arange(len(result.names))
-    shown = np.isfinite(values)
-    errors = np.stack([values - np.maximum(low, values / 100), high - values])[:, shown]  # none reaches below zero
-    ax.errorbar(values[shown], rows[shown], xerr=errors, fmt="o", color=color, capsize=3, **style)
+    shown, rows = result.value.isfinite().numpy(), -np.arange(len(result.names))
+    low, values, high = (t.numpy()[shown] for t in (result.interval()[0], result.value, result.interval()[1]))
+    errors = np.stack([values - np.maximum(low, values / 100), high - values])  # none reaches below zero
+    ax.errorbar(values, rows[shown], xerr=errors, fmt="o", color=color, capsize=3, **style)
     ax.set_xscale("log")
     names = [name if finite else f"{name}: no limit" for name, finite in zip(result.names, shown, strict=True)]
     ax.set_yticks(rows, names)
