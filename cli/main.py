@@ -57,6 +57,7 @@ COMMANDS = (
     "influence",
     "compare",
     "report",
+    "doctor",
     "inspect",
     "env",
 )

@@ -69,6 +69,9 @@ from curvature.objective.params import ParamSpace as ParamSpace
 from curvature.operators.blockwise import blockwise as blockwise
 from curvature.operators.by_layer import ByLayer as ByLayer
 from curvature.operators.by_layer import by_layer as by_layer
+from curvature.operators.doctor import Diagnosis as Diagnosis
+from curvature.operators.doctor import Finding as Finding
+from curvature.operators.doctor import check as check
 from curvature.operators.egn import egn as egn
 from curvature.operators.gauss_newton import empirical_fisher as empirical_fisher
 from curvature.operators.gauss_newton import fisher as fisher

@@ -45,6 +45,7 @@ def hypergradient() -> cv.Hypergradient:
 
 
 KINDS = {
+    "diagnosis": lambda: cv.check(SMALL, products=3, vectors=2),
     "exact estimate": lambda: cv.trace(cv.Diagonal(tensor(1, 2))),
     "estimate": lambda: cv.trace(free(MATRIX), products=20, seed=5),
     "estimates": lambda: cv.spectral_density(free(MATRIX), steps=4).cdf(tensor(-1, 0, 1)),

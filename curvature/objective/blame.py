@@ -83,9 +83,10 @@ class Replay:
         return "" if self.spoilt is None else f"the backward of {_name(self.spoilt)} in {self._part(self.spoilt)}"
 
     def unlinked(self) -> str:
-        """The first part with a selected parameter whose output hangs on no graph, else the loss."""
+        """The first part whose output hangs on no graph though its input, or a parameter of its own, does."""
         owners = {name.rpartition(".")[0] for name in self.leaves}
-        return next((s.part for s in self.calls.ended if not s.linked and s.part.split(" (")[0] in owners), "the loss")
+        cuts = (s.part for s in self.calls.ended if not s.linked and (s.fed or s.part.split(" (")[0] in owners))
+        return next(cuts, "")
 
     def custom(self) -> list[str]:
         """The backwards that are not torch's own, with their parts."""

@@ -17,11 +17,13 @@ from curvature.objective.batches import arrays
 
 class Span(NamedTuple):
     """A call of a part of a model: the nodes of the graph that were made in it have the numbers from `first` to before
-    `last`. `linked` says whether all that came out hangs on a graph, `finite` whether it is numbers."""
+    `last`. `fed` says whether something that went in hangs on a graph, `linked` whether all that came out does, and
+    `finite` whether that is numbers."""
 
     part: str
     first: int
     last: int
+    fed: bool = False
     linked: bool = True
     finite: bool = True
 
@@ -33,9 +35,10 @@ class CallRecord:
     ended: list[Span] = field(default_factory=list)
     open: list[Span] = field(default_factory=list)
 
-    def begin(self, part: str) -> None:
+    def begin(self, part: str, inputs: Any) -> None:
         """A call of `part` begins."""
-        self.open.append(Span(part, _get_sequence_nr(), sys.maxsize))
+        fed = any(isinstance(t, Tensor) and t.requires_grad for t in arrays(inputs))
+        self.open.append(Span(part, _get_sequence_nr(), sys.maxsize, fed))
 
     def end(self, part: str, output: Any) -> None:
         """The call of `part` that began last has ended; what began since has raised something that was caught."""
@@ -59,7 +62,9 @@ def call_record(module: nn.Module) -> Iterator[CallRecord]:
             if isinstance(part, ScriptModule) and name:
                 continue
             label = f"{name} ({type(part).__name__})" if name else f"the model ({type(part).__name__})"
-            begin = part.register_forward_pre_hook(lambda _, args, label=label: record.begin(label), prepend=True)
+            begin = part.register_forward_pre_hook(
+                lambda _, *inputs, label=label: record.begin(label, inputs), prepend=True, with_kwargs=True
+            )
             hooks.callback(begin.remove)
             end = part.register_forward_hook(lambda _, args, output, label=label: record.end(label, output))
             hooks.callback(end.remove)

@@ -236,7 +236,7 @@ def _gradient(examination: Examination) -> Seen:
             with objective.randomness():
                 leaves, grads = gradient_graph(objective, batch)
     if all(g is None for g in grads):
-        where = examination.replay().unlinked()
+        where = examination.replay().unlinked() or "the loss"
         raise BadObjective(
             f"The loss does not depend on the selected parameters: no gradient goes through {where}.",
             "Compute it from the model that is passed in, without no_grad, detach or argmax.",
@@ -255,8 +255,10 @@ def _gradient(examination: Examination) -> Seen:
     text = f"norm {size:.4g} on the first batch"
     if not unused:
         return Seen(f"{text}, through all parameters")
+    where = examination.replay().unlinked()
     return Seen(
-        f"{text}; the loss does not depend on {len(unused)} parameters: {listing(unused, 3)}",
+        f"{text}; the loss does not depend on {len(unused)} parameters: {listing(unused, 3)}"
+        f"{f'. No gradient goes through {where}' if where else ''}",
         "Leave them out with select= (--exclude), unless other batches use them.",
     )
 
