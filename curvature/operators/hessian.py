@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from curvature.linalg.operator import LinearOperator
@@ -25,6 +26,27 @@ def hessian(objective: Objective, *, engine: Engine = "auto", memory: Memory = "
     """
     recipe = Recipe(_reverse, _forward)
     return ObjectiveOperator("hessian", objective, recipe, regularised=True, engine=engine, memory=memory)
+
+
+def gradient_and_products(
+    objective: Objective, rows: Float[Tensor, "k n"]
+) -> tuple[Float[Tensor, " n"], Float[Tensor, "k n"]]:
+    """The gradient, and the products of the Hessian with `rows`, from one graph for each batch: a forward and a
+    backward pass less than each alone."""
+    objective.check()
+    space = objective.space
+
+    def term(batch: Any) -> Tensor:
+        leaves, grads = gradient_graph(objective, batch)
+        gradient = [
+            torch.zeros_like(p) if g is None else g.detach() for p, g in zip(leaves.values(), grads, strict=True)
+        ]
+        return torch.stack([space.flatten(gradient), *(hessian_product(space, leaves, grads, row) for row in rows)])
+
+    found = objective.average(term)
+    if objective.l2:
+        found.add_(torch.cat([objective.position[None], rows]), alpha=objective.l2)
+    return found[0], found[1:]
 
 
 def _reverse(objective: Objective, index: int, batch: Any) -> Linear:

@@ -11,6 +11,8 @@ from torch import Tensor
 from curvature.linalg.deflation import derived
 from curvature.objective.objective import Objective
 
+Drawn = tuple[Float[Tensor, "k n"], Float[Tensor, "k n"]]
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -19,7 +21,8 @@ class Evidence:
     `step` counts the steps of the parameters, this one included: (stack, 1), so that it broadcasts over rows, or (1, 1)
     for a block of the whole model; `taken` counts those of the group, without this one, on the host. `run` is the seed
     of the whole training. `objective` is the mini-batch as a function of the parameters where they are now, of those of
-    the block alone and in its order, for rules that ask for it.
+    the block alone and in its order, for rules that ask for it. `drawn` are random signs (k, n) and the products of the
+    Hessian with them, where they came along with the gradient.
     """
 
     grad: Float[Tensor, " n"]
@@ -28,6 +31,7 @@ class Evidence:
     run: int = 0
     objective: Objective | None = None
     taken: int = 0
+    drawn: Drawn | None = None
 
     @property
     def seed(self) -> int:

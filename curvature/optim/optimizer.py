@@ -13,14 +13,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from curvature.errors import NeedsEvidence, NonFinite
+from curvature.linalg.deflation import derived
 from curvature.linalg.operator import LinearOperator
 from curvature.linalg.structured import BlockDiagonal
 from curvature.objective.function import cast
 from curvature.objective.objective import Objective
 from curvature.objective.params import ParamSpace
+from curvature.operators.hessian import gradient_and_products
 from curvature.optim.block import Block, Role, blocks_of, role_of
 from curvature.optim.control import Fixed, StepControl
-from curvature.optim.evidence import Evidence
+from curvature.optim.evidence import Drawn, Evidence
 from curvature.optim.preconditioner import Preconditioner, State
 from curvature.optim.rules.adam import AdamDiagonal
 from curvature.optim.trial import Move, Trial
@@ -215,16 +217,17 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         if len(rows) < block.stack and block.grain == "shape":
             block, moved = block.some(rows), [True] * len(rows)
             evidence_of = None if evidence_of is None else self._placed(evidence_of, block)
+        drawn = None
         if backward:
             grad = block.gathered([torch.zeros_like(p) if p.grad is None else _dense(p.grad) for p in block.params])
         else:
             assert evidence_of is not None
-            grad = evidence_of.gradient().to(block.dtype)
+            grad, drawn = self._differentiated(slab, evidence_of, rows)
         grad = -grad if group["maximize"] else grad
         state = slab.state
         if block.stack < slab.block.stack:
             state = {name: t if name.startswith(WHOLE) else t[rows] for name, t in slab.state.items()}
-        direction, grad = self._direction(slab, rule, state, block, rows, grad, evidence_of)
+        direction, grad = self._direction(slab, state, block, rows, grad, evidence_of, drawn)
         if state is not slab.state:
             for name, tensor in state.items():
                 if not name.startswith(WHOLE):
@@ -236,24 +239,35 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             first |= {name: t for name, t in state.items() if name.startswith(WHOLE) and name not in first}
         return [Move(block, direction, -float(group["lr"]), grad, moved, group, views)]
 
+    def _differentiated(
+        self, slab: Slab, objective: Objective, rows: list[int]
+    ) -> tuple[Float[Tensor, " n"], Drawn | None]:
+        """The gradient of the objective, and what is drawn of its Hessian where that is due."""
+        group, dtype = slab.group, slab.block.dtype
+        if "signs" not in slab.rule.needs or not _due(slab, slab.rule, rows):
+            return objective.gradient().to(dtype), None
+        signs = objective.space.draw(group["draws"], seed=derived(self.seed + group["taken"]))
+        grad, products = gradient_and_products(objective, signs)
+        return grad.to(dtype), (signs, products)
+
     def _direction(
         self,
         slab: Slab,
-        rule: Preconditioner,
         state: State,
         block: Block,
         rows: list[int],
         grad: Float[Tensor, " n"],
         objective: Objective | None,
+        drawn: Drawn | None,
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         """The finished direction of a block, and the gradient where it is finite; updates the state."""
-        steps = _count("step", state).view(-1, 1)
+        steps, rule = _count("step", state).view(-1, 1), slab.rule
         due = _due(slab, rule, rows)
         grad, fine = _guarded(grad, state, block, due and rule.every > 1)
         steps += 1 if fine is None else fine
         momentum = _momentum(slab)
         averaged = grad if momentum.after else momentum(state, grad, steps)
-        evidence = Evidence(grad, averaged, steps, self.seed, objective, slab.group["taken"])
+        evidence = Evidence(grad, averaged, steps, self.seed, objective, slab.group["taken"], drawn)
         kept = rule.update(state, block, evidence, due)
         operator = self._operator(slab, rule, state, block, evidence)
         direction = operator.apply((averaged if kept is None else kept)[None])[0]

@@ -11,7 +11,7 @@ from curvature.optim.block import Block, Grain
 from curvature.optim.evidence import Evidence
 
 State = dict[str, Tensor]
-Need = Literal["grad", "objective"]
+Need = Literal["grad", "objective", "signs"]
 
 
 class Preconditioner(Protocol):
@@ -20,6 +20,8 @@ class Preconditioner(Protocol):
     The state is tensors only. For the grain "shape" each has a row for every parameter of the stack, for "model" the
     last axis of each is that of the block's vectors; what belongs to the block as a whole has a name that begins with
     "block.". Numbers among the fields of a rule are hyperparameters of a parameter group, where they may be changed.
+    One that `needs` "signs" has a number `draws` of products of the Hessian with random signs: where the gradient is
+    not given, they come along with it, and else it asks the objective.
     """
 
     needs: ClassVar[frozenset[Need]]

@@ -11,6 +11,7 @@ from reference import diagonal_hessian as reference
 from torch import Tensor, nn
 
 import curvature as cv
+from curvature.operators.hessian import gradient_and_products, hessian
 from curvature.optim.optimizer import PreconditionedOptimizer
 from curvature.optim.rules.diagonal_hessian import AdaHessian, SophiaG, SophiaH, gauss_newton_bartlett, hutchinson
 
@@ -367,3 +368,33 @@ def test_without_a_backward_pass_the_gradient_is_that_of_the_objective_and_froze
         assert torch.equal(model[0].weight, before) and not model[0].bias.equal(network()[0].bias)
     for p, q in zip(list(net.parameters())[1:], list(twin.parameters())[1:], strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [SophiaH, AdaHessian])
+def test_gradient_and_product_come_of_one_pass_where_none_is_given(kind):
+    net, twin = network(), network()
+    twin.load_state_dict(net.state_dict())
+    calls: list[nn.Module] = []
+    twin.register_forward_hook(lambda module, *_: calls.append(module))
+    optimizer, other = kind(net.parameters(), lr=0.1, every=2), kind(twin.parameters(), lr=0.1, every=2)
+    for seed in range(4):
+        x, y = batch(seed)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step(objective=cv.Objective.of(net, "cross-entropy", [(x, y)]))
+        checked, before = seed > 0, len(calls)
+        other.step(objective=cv.Objective.of(twin, "cross-entropy", [(x, y)]))
+        assert len(calls) - before == 1 or not checked  # the first step checks the model
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-12, atol=1e-14)
+    slab = other.slabs[0]
+    assert float(slab.state["block.estimates"]) == 2
+
+
+def test_gradient_and_products_are_those_of_each_alone():
+    net = network()
+    objective = cv.Objective.of(net, "cross-entropy", [batch(0), batch(1, size=5)], l2=0.3)
+    rows = normal(3, 35, seed=4)
+    gradient, products = gradient_and_products(objective, rows)
+    torch.testing.assert_close(gradient, objective.gradient(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(products, rows @ hessian(objective).dense(), rtol=1e-10, atol=1e-12)

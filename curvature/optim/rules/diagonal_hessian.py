@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Unpack
 
@@ -25,7 +25,6 @@ from curvature.optim.preconditioner import Need, State
 from curvature.optim.update import ClipEntries, Momentum
 
 Averaging = Literal["released", "paper"]
-Estimator = Callable[[Objective, int, int], Tensor]  # of a diagonal (n,), from so many draws, with a seed
 
 
 class AveragedDiagonal(ABC):
@@ -42,8 +41,8 @@ class AveragedDiagonal(ABC):
     grain: ClassVar[Grain] = "model"
 
     @abstractmethod
-    def estimate(self, block: Block, objective: Objective, seed: int) -> Float[Tensor, " n"]:
-        """What is averaged."""
+    def estimate(self, block: Block, evidence: Evidence) -> Float[Tensor, " n"]:
+        """What is averaged, from evidence with an objective."""
 
     def refuses(self, block: Block) -> str | None:
         return None
@@ -55,8 +54,7 @@ class AveragedDiagonal(ABC):
     def update(self, state: State, block: Block, evidence: Evidence, due: bool) -> None:
         if not due:
             return
-        assert evidence.objective is not None
-        estimate = self.estimate(block, evidence.objective, evidence.seed).to(block.dtype)
+        estimate = self.estimate(block, evidence).to(block.dtype)
         if bool(torch.isfinite(estimate.sum())):
             state["curvature"].lerp_(estimate, 1 - self.beta)
             state["block.estimates"] += 1
@@ -73,9 +71,8 @@ class AveragedDiagonal(ABC):
 
 @dataclass(frozen=True)
 class CurvatureRatio(AveragedDiagonal):
-    """1 / max(rho h, eps), where h is the average of what an `estimator` of the diagonal says."""
+    """1 / max(rho h, eps), where h is the average of estimates of the diagonal."""
 
-    estimator: Estimator
     beta: float
     rho: float
     eps: float
@@ -87,12 +84,28 @@ class CurvatureRatio(AveragedDiagonal):
         if not self.rho > 0:
             raise ValueError(f"rho is above 0, but got {self.rho}.")
 
-    def estimate(self, block: Block, objective: Objective, seed: int) -> Float[Tensor, " n"]:
-        return self.estimator(objective, self.draws, seed)
-
     def operator(self, state: State, block: Block, evidence: Evidence, damping: float | None) -> Diagonal:
         bounded = (state["curvature"] * self.rho).clamp(min=self.eps)
         return Diagonal(bounded.reciprocal(), space=block.space, psd=True)
+
+
+@dataclass(frozen=True)
+class GaussNewtonRatio(CurvatureRatio):
+    """Of the Gauss-Newton matrix, at sampled labels."""
+
+    def estimate(self, block: Block, evidence: Evidence) -> Float[Tensor, " n"]:
+        assert evidence.objective is not None
+        return gauss_newton_bartlett(evidence.objective, self.draws, evidence.seed)
+
+
+@dataclass(frozen=True)
+class HessianRatio(CurvatureRatio):
+    """Of the Hessian, by random signs."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"objective", "signs"})
+
+    def estimate(self, block: Block, evidence: Evidence) -> Float[Tensor, " n"]:
+        return _signed(evidence, self.draws)
 
 
 @dataclass(frozen=True)
@@ -106,6 +119,7 @@ class HessianPower(AveragedDiagonal):
     draws: int
     averaging: Averaging
     run: int | None
+    needs: ClassVar[frozenset[Need]] = frozenset({"objective", "signs"})
 
     def __post_init__(self) -> None:
         _check(self)
@@ -116,8 +130,8 @@ class HessianPower(AveragedDiagonal):
         if self.run is not None and self.run < 1:
             raise ValueError(f"run is 1 entry or more, or None for the kernels of convolutions, but got {self.run}.")
 
-    def estimate(self, block: Block, objective: Objective, seed: int) -> Float[Tensor, " n"]:
-        estimate = hutchinson(objective, self.draws, seed).to(block.dtype)
+    def estimate(self, block: Block, evidence: Evidence) -> Float[Tensor, " n"]:
+        estimate = _signed(evidence, self.draws).to(block.dtype)
         if self.averaging == "released":
             estimate = estimate.abs()
         return torch.cat([_smoothed(some, self.run).flatten() for some in block.scattered(estimate)]).square()
@@ -136,6 +150,15 @@ def _check(rule: CurvatureRatio | HessianPower) -> None:
         raise ValueError(
             f"An estimate is of one draw at least, every so many steps, but got {rule.draws} every {rule.every}."
         )
+
+
+def _signed(evidence: Evidence, draws: int) -> Float[Tensor, " n"]:
+    """`hutchinson`, by the products that came along with the gradient where there are any."""
+    assert evidence.objective is not None
+    if evidence.drawn is None:
+        return hutchinson(evidence.objective, draws, evidence.seed)
+    signs, products = evidence.drawn
+    return (signs * products).mean(0)
 
 
 def hutchinson(objective: Objective, products: int, seed: int) -> Float[Tensor, " n"]:
@@ -208,7 +231,7 @@ class SophiaG(PreconditionedOptimizer):
         super().__init__(
             params,
             lr,
-            CurvatureRatio(gauss_newton_bartlett, betas[1], rho, eps, every, samples),
+            GaussNewtonRatio(betas[1], rho, eps, every, samples),
             momentum=Momentum(betas[0]),
             finish=(ClipEntries(),),
             weight_decay=weight_decay,
@@ -242,7 +265,7 @@ class SophiaH(PreconditionedOptimizer):
         super().__init__(
             params,
             lr,
-            CurvatureRatio(hutchinson, betas[1], rho, eps, every, products),
+            HessianRatio(betas[1], rho, eps, every, products),
             momentum=Momentum(betas[0]),
             finish=(ClipEntries(),),
             weight_decay=weight_decay,
