@@ -50,9 +50,9 @@ class Contender:
     learning rate, and `kwargs`; or `make(class, model, value)` makes it, and it is another number that is tuned.
 
     `method` is the same for those that do the same. With `objective` a step takes the mini-batch, with `graph`
-    gradients that can be differentiated. What `solves` a system in each step makes fewer of them; the learning rate
-    is `scheduled` where it does not find the length of its steps on its own. It is trained on `tasks`, of which there
-    may be none.
+    gradients that can be differentiated; with both it computes these on its own. What `solves` a system in each step
+    makes fewer of them; the learning rate is `scheduled` where it does not find the length of its steps on its own. It
+    is trained on `tasks`, of which there may be none.
     """
 
     method: str
@@ -200,8 +200,8 @@ CONTENDERS = [
     ours("M-FAC", "mfac:MFAC", DIGITS + CONVEX),
     ours("EFCP", "mfac:EFCP", DIGITS + CONVEX),
     asking("SophiaG", "diagonal_hessian:SophiaG", NETWORKS + CONVEX, around(1e-3)),
-    asking("SophiaH", "diagonal_hessian:SophiaH", DIGITS + CONVEX, around(1e-3)),
-    asking("AdaHessian", "diagonal_hessian:AdaHessian", DIGITS + CONVEX, COARSE),
+    asking("SophiaH", "diagonal_hessian:SophiaH", DIGITS + CONVEX, around(1e-3), graph=True),
+    asking("AdaHessian", "diagonal_hessian:AdaHessian", DIGITS + CONVEX, COARSE, graph=True),
     asking("K-FAC", "kfac:KFAC", DIGITS, around(3e-3)),
     asking("EKFAC", "kfac:EKFAC", DIGITS, around(3e-3)),
     solving("EGN", "gauss_newton:EGN", EQUATIONS + CONVEX, damped, scheduled=True),

@@ -186,7 +186,7 @@ def poisson(name: str, waves: tuple[int, ...], side: int, hidden: tuple[int, ...
 
 
 def poisson_1d() -> Task:
-    return poisson("poisson-1d", (1,), 102, (32, 32), (4000, 80))
+    return poisson("poisson-1d", (1,), 102, (32, 32), (3000, 60))
 
 
 def poisson_2d() -> Task:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
@@ -62,7 +61,8 @@ def trained(task: Task, contender: Contender, value: float, seed: int) -> Run:
                     group["lr"] = rate * scheduled(step, length)
             started = time.process_time()
             optimizer.zero_grad()
-            task.mean_loss(model, batch).backward(create_graph=contender.graph)
+            if not (contender.graph and contender.objective):
+                task.mean_loss(model, batch).backward(create_graph=contender.graph)
             if contender.objective:
                 optimizer.step(objective=task.objective(model, batch))
             else:
@@ -125,47 +125,45 @@ def tuned(task: Task, contender: Contender, quick: bool) -> Tuning:
     return Tuning(tried, min(tried, key=tried.__getitem__), time.process_time() - started, errors)
 
 
-def training(task: Task, contenders: Sequence[Contender], quick: bool) -> tuple[Rows, dict[str, Any]]:
-    """The rows of a task, and its facts."""
+def training(task: Task, contenders: Sequence[Contender], quick: bool) -> Iterator[tuple[Rows, dict[str, Any]]]:
+    """The rows of a task, and its facts: again after each contender, so that a run may be cut."""
     task = replace(task, steps=5, few=2) if quick else task
-    seeds = 1 if quick else SEEDS.get(task.name, 3)
-    here = [c for c in contenders if task.name in c.tasks and not c.missing]
-    tunings: dict[str, Tuning] = {}
-    for contender in here:
-        tunings[contender.name] = tuned(task, contender, quick)
-        note(task, contender, tunings[contender.name])
-    runs: dict[str, list[Run]] = {contender.name: [] for contender in here}
-    for seed in range(1, seeds + 1):
-        order = [c for c in here if math.isfinite(tunings[c.name].tried[tunings[c.name].best])]
-        random.Random(seed).shuffle(order)
-        for contender in order:
-            runs[contender.name].append(trained(task, contender, tunings[contender.name].best, seed))
-    finals = {c.name: median(run.final for run in runs[c.name]) for c in BASELINES[:2]}
-    standard = min(finals, key=finals.__getitem__)
-    target = finals[standard]
-    rows = []
-    for contender in here:
-        tuning, own = tunings[contender.name], runs[contender.name]
-        row = {"task": task.name, "method": contender.method, "library": contender.source}
-        rows.append(row | summary(own, runs[standard], target, tuning))
-    rows += [
-        {"task": task.name, "method": c.method, "library": c.source, "error": "missing"}
-        for c in contenders
-        if task.name in c.tasks and c.missing
-    ]
+    seeds = range(1, 2 if quick else 1 + SEEDS.get(task.name, 3))
+    first, rows = {}, []
+    for contender in BASELINES[:2]:
+        tuning = tuned(task, contender, quick)
+        first[contender.name] = contender, tuning, [trained(task, contender, tuning.best, seed) for seed in seeds]
+    standard, how, ends = min(first.values(), key=lambda found: median(run.final for run in found[2]))
+    target = median(run.final for run in ends)
     facts = {
         "task": task.name,
         "parameters": sum(p.numel() for p in task.model(0).parameters()),
         "steps": task.steps,
         "few": task.few,
         "batch": task.batch or "all",
-        "seeds": seeds,
-        "standard": standard,
+        "seeds": len(seeds),
+        "standard": standard.name,
         "target": target,
         "judged": task.judged,
         "least": task.least,
     }
-    return rows, facts
+    for contender in contenders:
+        if task.name not in contender.tasks:
+            continue
+        row = {"task": task.name, "method": contender.method, "library": contender.source}
+        rows.append(row)
+        if contender.missing:
+            row["error"] = "missing"
+            continue
+        tuning = first[contender.name][1] if contender.name in first else tuned(task, contender, quick)
+        own, beside = [], []
+        for seed in seeds if math.isfinite(tuning.tried[tuning.best]) else ():
+            pair = [(own, contender, tuning.best), (beside, standard, how.best)]
+            for runs, one, value in pair if seed % 2 else reversed(pair):
+                runs.append(trained(task, one, value, seed))
+        row |= summary(own, beside, target, tuning)
+        note(task, contender, tuning)
+        yield rows, facts
 
 
 def note(task: Task, contender: Contender, tuning: Tuning) -> None:

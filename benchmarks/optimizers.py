@@ -12,7 +12,7 @@ was set out for, and whether it is reached. One thread; all times are those of t
                round, are medians over the rounds
     training   see `optimizer_tasks.py`. Everyone is tuned the same: five learning rates, two for each factor of ten,
                with one seed, by the loss at the end; as long as the best is at an end of them, up to two more. Then
-               the best is run with other seeds, contenders in turn for each. All warm up over the first twentieth of
+               the best is run with other seeds, each beside AdamW with the same. All warm up over a twentieth of
                the steps, and then go down to zero in a straight line, but for those that decide on the length of their
                steps: they have no schedule. Of what solves a system in each step, `few` of them, the damping is tuned.
                AdamW is tuned twice, with beta2 = 0.999 and 0.95; the smaller median of the last losses is the target
@@ -140,14 +140,14 @@ def main() -> None:
         write("paces", network, {**found, "targets": [asdict(t) | {"met": t.met} for t in targets]})
         reached += targets
     for name in args.tasks.split(",") if "training" in args.only.split(",") else ():
-        started = time.perf_counter()
-        rows, more = training(TASKS[name](), contenders, args.quick)
+        started, rows, more, targets = time.perf_counter(), [], {}, []
+        for rows, more in training(TASKS[name](), contenders, args.quick):
+            targets = list(reached_in_training(rows))
+            found = {**more, "seconds": time.perf_counter() - started, "rows": rows}
+            write("training", name, {**found, "targets": [asdict(t) | {"met": t.met} for t in targets]})
         title = f"{name}: {more['parameters']:,} parameters, {more['steps']} steps, {more['seeds']} seeds"
         title += f"; target {more['target']:.4g} of {more['standard']}; judged by {more['judged']}"
         console.print(shown(title, rows, TRAINING))
-        targets = list(reached_in_training(rows))
-        found = {**more, "seconds": time.perf_counter() - started, "rows": rows}
-        write("training", name, {**found, "targets": [asdict(t) | {"met": t.met} for t in targets]})
         reached += targets
     if reached:
         console.print(goals(reached))
