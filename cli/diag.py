@@ -22,7 +22,7 @@ def diag(
 ) -> None:
     """Diagonal of the Hessian or GGN, every entry with its standard error; --out keeps them.
 
-    Examples: `curv diag --out diagonal`; `curv diag model.pt --operator ggn-diagonal --out exact`.
+    Examples: `curv diag model.pt --out diagonal`; `curv diag model.pt --operator ggn-diagonal --out exact`.
 
     Parameters
     ----------

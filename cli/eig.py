@@ -27,7 +27,7 @@ def eig(
 ) -> None:
     """The k eigenvalues at one end, each with its residual.
 
-    Examples: `curv eig`; `curv eig model.pt -k 10 --which both`; `curv eig HF_DIR --loss ./task.py:loss --data x.npz`.
+    Examples: `curv eig`; `curv eig model.pt -k 10 --which both`; `curv eig model.pt --fail-on "lambda_max > 1e3"`.
 
     Parameters
     ----------

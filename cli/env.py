@@ -23,7 +23,7 @@ def env(
     *,
     config: Annotated[bool, Parameter(negative=(), group=OUTPUT)] = False,
     file: Annotated[Path | None, Parameter(name="-C", group=OUTPUT)] = None,
-    format: Annotated[Format, Parameter(group=OUTPUT)] = "human",
+    format: Format = "human",
 ) -> None:
     """Versions, device, threads and memory, for a bug report; or the defaults that are set, and where.
 
@@ -35,8 +35,6 @@ def env(
         Every option that a file or a variable of the environment sets, by command, and which of them does.
     file
         The file, in place of ./curv.toml or [tool.curv] in ./pyproject.toml.
-    format
-        A table, JSON, or nothing.
     """
     if config:
         _show({name: asdict(setting) for name, setting in _set(file).items()}, format)

@@ -36,7 +36,10 @@ class Misuse(Exception):
 
 
 Many = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
-Format = Literal["human", "json", "quiet"]
+Format = Annotated[
+    Literal["human", "json", "quiet"],
+    Parameter(group=OUTPUT, help="What standard output gets: a table, JSON, or nothing."),
+]
 Config = Annotated[Path | None, Parameter(name=("--config", "-C"), group=OUTPUT)]
 
 SECONDS = {"s": 1, "m": 60, "h": 3600}
@@ -165,7 +168,6 @@ class Output:
     out: Path | None = None
     "A folder for result.json, arrays.safetensors and the picture. Without it nothing is written."
     format: Format = "human"
-    "What standard output gets: a table, what result.json holds, or nothing."
     overwrite: Annotated[bool, Parameter(negative=())] = False
     "Replace a result that is already in --out."
     budget: Annotated[str | None, Parameter(group=NUMBERS, validator=_checked_budget)] = None

@@ -34,7 +34,7 @@ def path(
     """The loss on the way from one model to another: barriers, and a curve of low loss trained between them.
 
     Examples: `curv path first.pt last.pt --beyond 0.2`; `curv path a.pt b.pt --align --out aligned`;
-    `curv path a.pt b.pt --kind bezier --accuracy --out curve`.
+    `curv path a.pt b.pt --kind bezier --steps 200 --accuracy --out curve`.
 
     Parameters
     ----------

@@ -24,8 +24,9 @@ def spectrum(
 ) -> None:
     """Eigenvalue density of the Hessian or GGN, with error bands and the outliers, by stochastic Lanczos quadrature.
 
-    Examples: `curv spectrum --out digits`; `curv spectrum demo:hamlet --operator ggn --probes 4 --steps 40`;
-    `curv spectrum weights.pt --arch ./net.py:Net --loss cross-entropy --data train.npz --out run1`.
+    Examples: `curv spectrum --out digits`; `curv spectrum model.pt --operator ggn --probes 4 --steps 20`;
+    `curv spectrum weights.pt --arch ./task.py:Net --loss cross-entropy --data train.npz --out run1`;
+    `curv spectrum model.pt --by layer --out run2 --resume --budget 10m`.
 
     Parameters
     ----------

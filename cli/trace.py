@@ -23,7 +23,8 @@ def trace(
 ) -> None:
     """Trace of the Hessian or GGN with its standard error and confidence interval.
 
-    Examples: `curv trace`; `curv trace model.pt --rtol 0.01`; `curv trace model.pt --products 99 --operator ggn`.
+    Examples: `curv trace`; `curv trace model.pt --rtol 0.01 --budget 300hvp`;
+    `curv trace ./task.py:make --operator ggn --format json`.
 
     Parameters
     ----------
