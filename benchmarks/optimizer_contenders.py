@@ -49,10 +49,10 @@ class Contender:
     """An optimizer of a library. `path` is its class, "module:name", which gets the parameters, one of `values` for its
     learning rate, and `kwargs`; or `make(class, model, value)` makes it, and it is another number that is tuned.
 
-    `method` is the same for those that do the same. With `objective` a step takes the mini-batch, with `graph`
-    gradients that can be differentiated; with both it computes these on its own. What `solves` a system in each step
-    makes fewer of them; the learning rate is `scheduled` where it does not find the length of its steps on its own. It
-    is trained on `tasks`, of which there may be none.
+    `method` is the same for those that do the same. With `objective` a step takes the mini-batch, or one in `every`,
+    with `graph` gradients that can be differentiated; with both it computes these on its own. What `solves` a system in
+    each step makes fewer of them; the learning rate is `scheduled` where it does not find the length of its steps on
+    its own. It is trained on `tasks`, of which there may be none.
     """
 
     method: str
@@ -62,6 +62,7 @@ class Contender:
     tasks: tuple[str, ...] = ALL
     kwargs: dict[str, Any] = field(default_factory=dict)
     objective: bool = False
+    every: int = 1
     graph: bool = False
     solves: bool = False
     scheduled: bool = True
@@ -70,6 +71,14 @@ class Contender:
     @property
     def name(self) -> str:
         return f"{self.method}, {self.source}"
+
+    def asks(self, step: int) -> bool:
+        """Whether this step takes the mini-batch."""
+        return self.objective and step % self.every == 0
+
+    def differentiates(self, step: int) -> bool:
+        """Whether this step computes the gradient on its own."""
+        return self.graph and self.asks(step)
 
     @property
     def missing(self) -> bool:
@@ -199,8 +208,8 @@ CONTENDERS = [
     ours("PSGD", "psgd:PSGD", NETWORKS + CONVEX),
     ours("M-FAC", "mfac:MFAC", DIGITS + CONVEX),
     ours("EFCP", "mfac:EFCP", DIGITS + CONVEX),
-    asking("SophiaG", "diagonal_hessian:SophiaG", NETWORKS + CONVEX, around(1e-3)),
-    asking("SophiaH", "diagonal_hessian:SophiaH", DIGITS + CONVEX, around(1e-3), graph=True),
+    asking("SophiaG", "diagonal_hessian:SophiaG", NETWORKS + CONVEX, around(1e-3), every=EVERY),
+    asking("SophiaH", "diagonal_hessian:SophiaH", DIGITS + CONVEX, around(1e-3), graph=True, every=EVERY),
     asking("AdaHessian", "diagonal_hessian:AdaHessian", DIGITS + CONVEX, COARSE, graph=True),
     asking("K-FAC", "kfac:KFAC", DIGITS, around(3e-3)),
     asking("EKFAC", "kfac:EKFAC", DIGITS, around(3e-3)),

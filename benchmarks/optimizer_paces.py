@@ -71,35 +71,31 @@ class Racer:
         """The seconds of one of ten steps, and of what a gradient that can be differentiated takes longer."""
         params, seconds = list(self.model.parameters()), 0.0
         for step in range(EVERY):
-            part = step % PARTS
-            grads, extra = self._gradients(part)
+            grads, extra = self._gradients(step)
             for p, g in zip(params, grads, strict=True):
-                p.grad = None if self._alone else g
-            seconds += extra + Clock(CPU).once(partial(self._step, part))[0]
+                p.grad = None if self.contender.differentiates(step) else g
+            seconds += extra + Clock(CPU).once(partial(self._step, step))[0]
         for p in params:
             p.grad = None  # which a graph may hold
         return seconds / EVERY
 
-    @property
-    def _alone(self) -> bool:
-        """Whether the step computes the gradient, so that the time of one is not its own."""
-        return self.contender.graph and self.contender.objective
-
-    def _gradients(self, part: int) -> tuple[list[Tensor], float]:
-        if not self.contender.graph:
+    def _gradients(self, step: int) -> tuple[list[Tensor], float]:
+        """The gradients of a step, and the seconds beyond those of plain ones: fewer, where the step computes them."""
+        part = step % PARTS
+        if not self.contender.graph or (self.contender.objective and not self.contender.asks(step)):
             return [g.clone() for g in self.gradients[part]], 0.0  # some write into them
         made: list[Tensor] = []
         plain = Clock(CPU).once(lambda: gradients_of(self.model, self.problem, part))[0]
-        if self._alone:
+        if self.contender.objective:
             return [g.clone() for g in self.gradients[part]], -plain
         longer = Clock(CPU).once(lambda: made.extend(gradients_of(self.model, self.problem, part, graph=True)))[0]
         return made, longer - plain
 
-    def _step(self, part: int) -> None:
-        if not self.contender.objective:
+    def _step(self, step: int) -> None:
+        if not self.contender.asks(step):
             self.optimizer.step()
             return
-        batch = part_of(self.problem, part)
+        batch = part_of(self.problem, step % PARTS)
         self.optimizer.step(objective=cv.Objective.of(self.model, cv.CrossEntropy(axis=-1), [batch]))
 
 

@@ -61,9 +61,9 @@ def trained(task: Task, contender: Contender, value: float, seed: int) -> Run:
                     group["lr"] = rate * scheduled(step, length)
             started = time.process_time()
             optimizer.zero_grad()
-            if not (contender.graph and contender.objective):
-                task.mean_loss(model, batch).backward(create_graph=contender.graph)
-            if contender.objective:
+            if not contender.differentiates(step):
+                task.mean_loss(model, batch).backward(create_graph=contender.graph and not contender.objective)
+            if contender.asks(step):
                 optimizer.step(objective=task.objective(model, batch))
             else:
                 optimizer.step()
