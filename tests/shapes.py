@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, get_args, runtime_checkable
 
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 from beartype.roar import BeartypeDecorHintPep673Exception
 
 
@@ -18,7 +18,7 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     for hint in function.__annotations__.values():
         _make_checkable(hint)
     try:
-        return beartype(function)
+        return beartype(function, conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
     except BeartypeDecorHintPep673Exception:
         return function
 
