@@ -144,7 +144,9 @@ def _show(diagnosis: cv.Diagnosis) -> None:
         table.add_row(Text(finding.status, style=COLOURS[finding.status]), Text(finding.name), seen)
     if not console.is_terminal:
         console.width = 10_000  # lines of a file or a pipe are not folded
-    console.print(table)
+    with console.capture() as shown:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in shown.get().splitlines()))
 
 
 def _printable(text: str) -> str:

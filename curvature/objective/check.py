@@ -252,9 +252,9 @@ def _gradient(examination: Examination) -> Seen:
     examination.rewrites, examination.held = dict(rewrites), list(held.values())
     unused = examination.unused
     size = norm(g.detach() for g in grads if g is not None) / (objective.function.weight(batch) or 1)
-    text = f"norm {size:.4g} on the first batch"
+    text = f"of norm {size:.4g}"
     if not unused:
-        return Seen(f"{text}, through all parameters")
+        return Seen(f"{text}, with respect to all parameters")
     where = examination.replay().unlinked()
     return Seen(
         f"{text}; the loss does not depend on {len(unused)} parameters: {listing(unused, 3)}"

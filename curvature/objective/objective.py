@@ -353,6 +353,11 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 def _check_placement(params: Mapping[str, nn.Parameter]) -> None:
     """Raise BadObjective unless all parameters hold real numbers on one device."""
     for name, p in params.items():
+        if type(p).__name__ in ("DTensor", "FlatParameter"):  # of FSDP, which is imported only where it is used
+            raise BadObjective(
+                f"The parameter {name} is sharded: this process holds a part of it ({type(p).__name__}).",
+                "Load the full state_dict (get_model_state_dict, full_state_dict=True) into the module without FSDP.",
+            )
         if isinstance(p, nn.parameter.UninitializedParameter) or p.device.type == "meta":
             raise BadObjective(
                 f"The parameter {name} has no values yet.",

@@ -173,7 +173,7 @@ def _described(objective: Objective) -> dict[str, Any]:
     """What the objective is made of; without fingerprints where the data cannot be read."""
     space = objective.space
     facts = {"operator": "hessian", "model": type(objective.function.module).__name__, "loss": objective.function.name}
-    with suppress(CurvatureError):
+    with suppress(Exception):  # data can be anything
         facts = {"operator": "hessian", **objective.facts}
     place = {"dtype": str(space.dtype).removeprefix("torch."), "device": str(space.device)}
     return {**facts, "seed": objective.seed, "shape": [space.size, space.size], **place}

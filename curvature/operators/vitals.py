@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.errors import BadObjective, TooLarge, listing, one_line
-from curvature.linalg.memory import free_bytes
+from curvature.linalg.memory import free_bytes, peak_bytes
 from curvature.objective.batches import halves, leading
 from curvature.objective.check import Examination, Probe, Seen
 from curvature.objective.difference import ROUNDING, SYMMETRY
@@ -37,7 +37,7 @@ class Plan(NamedTuple):
 
 def environment(device: torch.device) -> Seen:
     """Versions, threads, and what makes float32 less precise than it says."""
-    where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    where = _many(torch.get_num_threads(), "thread") if device.type == "cpu" else torch.cuda.get_device_name(device)
     text = f"torch {torch.__version__}, Python {platform.python_version()}, {device}, {where}"
     if (release := tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])) < SAFE:
         return Seen(f"{text}; loading weights can corrupt memory before torch {'.'.join(map(str, SAFE))}",
@@ -79,16 +79,18 @@ def mode(examination: Examination) -> Seen:
     """How layers act that are not the same in training."""
     objective = examination.objective
     parts = list(objective.function.module.modules())
-    norms = sum(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in parts)
-    drops = sum(isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in parts)
+    norms = _many(sum(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in parts), "batch norm")
+    drops = _many(sum(map(_drops, parts)), "dropout")
     if objective.mode == "eval":
-        off = [f"running statistics in {norms} batch norms"] * bool(norms) + [f"no dropout ({drops})"] * bool(drops)
-        return Seen(": ".join(["eval", ", ".join(off)] if off else ["eval"]))
-    on = [f"one fixed mask in each of {drops} dropouts"] * bool(drops)
+        steady = f"{norms} by running statistics" if norms else ""
+        return Seen(": ".join(filter(None, ["eval", ", ".join(filter(None, [steady, drops and f"{drops} off"]))])))
+    masks = f"{drops} with a fixed mask" if drops else ""
     if not norms:
-        return Seen(": ".join(["train", *on]))
-    on = [f"{norms} batch norms take the statistics of each batch, so that numbers depend on its size", *on]
-    return Seen(f"train: {', '.join(on)}", "Use mode='eval' (--mode eval) unless it is training that you look at.")
+        return Seen(": ".join(filter(None, ["train", masks])))
+    return Seen(
+        ", ".join(filter(None, [f"train: {norms} by the statistics of each batch, so that its size matters", masks])),
+        "Use mode='eval' (--mode eval) unless it is training that you look at.",
+    )
 
 
 def terms(examination: Examination) -> Seen:
@@ -116,7 +118,7 @@ def terms(examination: Examination) -> Seen:
             "the loss of a batch is the sum over its halves, but counts as a mean",
             "Take the mean in the loss, or pass terms=lambda batch: 1 to Objective.from_loss.",
         )
-    return Seen("the loss of a batch counts as the mean over its examples")
+    return Seen("the loss of a batch counts as the mean over its terms")
 
 
 def rewrites(examination: Examination) -> Seen:
@@ -124,7 +126,8 @@ def rewrites(examination: Examination) -> Seen:
     counts = examination.rewrites
     if not counts:
         return Seen("none: torch's own derivatives are right")
-    return Seen("replaced by what can be differentiated twice: " + _counted(counts))
+    replaced = ", ".join(f"{name} ({count})" for name, count in counts.items())
+    return Seen(f"replaced by what can be differentiated twice: {replaced}")
 
 
 class Trials:
@@ -179,8 +182,9 @@ class Trials:
         self.figures["graph_bytes"] = graph
         count = leading(examination.batch) or 1
         gradient, product = (_seconds(self.figures[f"{name}_seconds"]) for name in ("gradient", "product"))
-        what = f"of the first batch ({count} examples)"
-        return Seen(f"{gradient} a gradient {what}, {product} a product more, {_bytes(graph)} its graph")
+        what = f"of the first batch ({_many(count, 'example')})"
+        peak = _bytes(peak_bytes(examination.objective.space.device))
+        return Seen(f"{gradient} a gradient {what}, {product} a product more, {_bytes(graph)} its graph; peak {peak}")
 
     def forecast(self, plan: Plan, examination: Examination) -> Seen:
         """What the work of the plan takes on all data; TooLarge where that is more than there is."""
@@ -198,8 +202,9 @@ class Trials:
         vectors = plan.vectors * space.size * torch.empty(0, dtype=space.dtype).element_size()
         size = vectors + (graph if kept else graph / batches)
         self.figures.update(forecast_seconds=seconds, forecast_bytes=size)
-        asked = {"product": plan.products, "loss": plan.losses, "vector": plan.vectors}
-        what = f"{_counted(asked, '{count:,} {name}')} on {examples:,} examples in {batches:,} batches"
+        asked = [(plan.products, "product"), (plan.losses, "loss"), (plan.vectors, "vector")]
+        work = ", ".join(filter(None, [_many(count, name) for count, name in asked]))
+        what = f"{work} on {_many(examples, 'example')} in {_many(batches, 'batch')}"
         text = f"about {_seconds(seconds)} and {_bytes(size)} for {what}"
         if size > FULL * free > 0:
             raise TooLarge(
@@ -229,13 +234,16 @@ def _tied(module: nn.Module) -> list[str]:
     return [f"{name} = {first[id(p)]}" for name, p in every if first[id(p)] != name]
 
 
-def _counted(counts: Any, form: str = "{name} ({count})") -> str:
-    plural = {"loss": "losses"}
-    return ", ".join(
-        form.format(name=name if "(" in form or count == 1 else plural.get(name, f"{name}s"), count=count)
-        for name, count in counts.items()
-        if count
-    )
+def _many(count: int, name: str) -> str:
+    """'3 losses'; nothing for none."""
+    ending = "es" if name[-1] in "sh" else "s"
+    return f"{count:,} {name}{ending if count > 1 else ''}" if count else ""
+
+
+def _drops(part: nn.Module) -> bool:
+    """Whether some of what goes through is set to zero in training."""
+    share = part.dropout if isinstance(part, nn.RNNBase) else getattr(part, "p", 0)
+    return share > 0 if isinstance(part, nn.RNNBase | nn.modules.dropout._DropoutNd) else False
 
 
 def _seconds(seconds: float) -> str:

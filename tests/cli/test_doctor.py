@@ -144,7 +144,7 @@ def test_the_plan_of_a_command_is_that_of_its_options(command, plan):
 def test_the_forecast_is_the_last_line(curv, folder, monkeypatch):
     said = curv("doctor", *OBJECTIVE, "--command", "spectrum --probes 3 --steps 5")
     assert list(rows(said.out)) == [*ORDER, "forecast"]
-    assert "15 products, 18 vectors on 10 examples in 1 batches" in rows(said.out)["forecast"][1]
+    assert "15 products, 18 vectors on 10 examples in 1 batch" in rows(said.out)["forecast"][1]
     monkeypatch.setattr(vitals, "free_bytes", lambda device: 1000)
     said = curv("doctor", *OBJECTIVE, "--command", "spectrum")
     assert said.code == 7 and "are free" in said.err

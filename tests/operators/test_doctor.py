@@ -480,10 +480,10 @@ def test_batch_normalisation_in_training_is_a_warning_and_keeps_its_statistics()
     with untouched(objective.function.module):
         diagnosis = cv.check(objective)
     (warning,) = diagnosis.warnings
-    assert warning.name == "mode" and "1 batch norms take the statistics of each batch" in warning.seen
-    assert "mask in each of 1 dropouts" in warning.seen and "--mode eval" in warning.fix
+    assert warning.name == "mode" and "1 batch norm by the statistics of each batch" in warning.seen
+    assert "1 dropout with a fixed mask" in warning.seen and "--mode eval" in warning.fix
     seen = found(cv.check(objective.in_mode("eval")))["mode"].seen
-    assert seen == "eval: running statistics in 1 batch norms, no dropout (1)"
+    assert seen == "eval: 1 batch norm by running statistics, 1 dropout off"
 
 
 @pytest.mark.parametrize("reduction, told", [("mean", "ok"), ("sum", "warning")])
@@ -545,6 +545,16 @@ def test_kinds_of_parameters_are_told():
 def test_parts_for_several_devices_are_a_warning():
     (warning,) = cv.check(classifier(Between(nn.DataParallel(nn.Linear(8, 5), device_ids=[])))).warnings
     assert "middle is wrapped for several devices" in warning.seen and ".module" in warning.fix
+
+
+def test_sharded_parameters_are_refused_with_the_way_to_gather_them():
+    class DTensor(nn.Parameter):
+        """What FSDP makes of a parameter goes by this name."""
+
+    net = Between(nn.Tanh())
+    net.first.weight = DTensor(net.first.weight.data)
+    (failure,) = cv.check(lambda: classifier(net)).failures
+    assert "first.weight is sharded" in failure.seen and "full_state_dict=True" in failure.fix
 
 
 def test_torchscript_is_told():
