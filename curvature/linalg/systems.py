@@ -76,7 +76,10 @@ class Solution(Result):
     def quantities(self) -> dict[str, Quantity]:
         if not len(self.residuals):
             return {}
-        return {"residual": Quantity(float(self.residuals.max())), "steps": Quantity(float(self.steps.max()))}
+        found = {"residual": float(self.residuals.max()), "steps": float(self.steps.max())}
+        if self.energy is not None and len(self.energy) == 1:
+            found |= {"energy": float(self.energy), "norm": float(self.x.norm())}
+        return {name: Quantity(value) for name, value in found.items()}
 
     __repr__ = Result.__str__
 

@@ -69,21 +69,22 @@ def draw_landscape(result: Landscape, ax: Axes, **style: Any) -> Axes:
     )
 
 
-def compare_landscapes(results: Mapping[str, Landscape], **style: Any) -> Figure:
+def compare_landscapes(results: Mapping[str, Landscape], figure: Figure | None = None, **style: Any) -> Figure:
     """Lines on common axes, planes beside each other on one scale of colours."""
     from matplotlib import pyplot
 
     if len({result.loss.ndim for result in results.values()}) != 1:
         raise ValueError("Expected landscapes of one kind, all lines or all planes.")
+    figure = pyplot.figure(layout="constrained") if figure is None else figure
     if next(iter(results.values())).loss.ndim == 1:
-        figure, ax = pyplot.subplots(layout="constrained")
+        ax = figure.subplots()
         for color, (name, result) in zip(COLOURS, results.items(), strict=False):
             _draw_line(result, ax, **{"color": color, "label": name, "alone": False, **style})
         ax.legend(frameon=False, fontsize="small")
         return figure
     scale = Scale.of([result.loss.numpy() for result in results.values()])
-    size = (PANEL[0] * len(results), PANEL[1])
-    figure, axes = pyplot.subplots(1, len(results), figsize=size, layout="constrained", squeeze=False)
+    figure.set_size_inches(PANEL[0] * len(results), PANEL[1])
+    axes = figure.subplots(1, len(results), squeeze=False)
     for ax, (name, result) in zip(axes[0], results.items(), strict=True):
         _draw_plane(result, ax, scale=scale, bar=ax is axes[0, -1], **style)
         ax.set_title(name, fontsize="medium")

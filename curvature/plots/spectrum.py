@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from curvature.linalg.eigenpairs import Eigenpairs
 from curvature.linalg.spectrum import Axis, SpectralDensity, percent
-from curvature.plots.style import BLACK, BLUE, GREY, ORANGE
+from curvature.plots.style import BLACK, BLUE, COLOURS, GREY, ORANGE
 from curvature.result import Estimate, student_quantile
 
 POINTS = 800
@@ -52,6 +53,36 @@ def draw_density(
     ax.set_xlabel("eigenvalue (signed logarithmic axis)" if axis == "log" else "eigenvalue")
     ax.set_ylabel("share of eigenvalues per " + ("decade" if axis == "log" else "50th of the axis"))
     ax.set_title(_title(result), fontsize="medium")
+    ax.legend(fontsize="small", frameon=False, loc="upper right")
+    return ax
+
+
+def draw_densities(results: Mapping[str, SpectralDensity], ax: Axes) -> Axes:
+    """Several on one signed logarithmic axis: the bulk with its band, and outliers as points, one eigenvalue high."""
+    unit = min(result.unit for result in results.values())
+    ends = [float(result.nodes[place]) for result in results.values() for place in (0, -1)]
+    signed_log_axis(ax, unit, min(ends), max(ends))
+    low, high = (_forward(np.array(edge), unit) for edge in ax.get_xlim())
+    t = _backward(np.linspace(low, high, POINTS), unit)
+    lowest = min(0.5 / result.size for result in results.values())
+    top = lowest
+    for color, (name, result) in zip(COLOURS, results.items(), strict=False):
+        density = result.density(torch.from_numpy(t))
+        scale = (unit + np.abs(t)) / (result.unit + np.abs(t))  # of its own axis to this one
+        mean = scale * density.value.numpy()
+        half = scale * density.stderr.numpy() * student_quantile(0.95, density.dof)
+        ax.fill_between(
+            t, np.maximum(mean - half, lowest / 10), mean + half + lowest / 10, color=color, alpha=0.2, lw=0
+        )
+        ax.plot(t, np.maximum(mean, lowest / 10), color=color, lw=1.5, label=f"{name}, 95 % band")
+        ax.plot(
+            result.outliers.numpy(), np.full(len(result.outliers), 1 / result.size), "o", color=color, ms=4, alpha=0.7
+        )
+        top = max(top, mean.max(), 1 / result.size)
+    ax.axvline(0, color=GREY, lw=0.8)
+    ax.set(yscale="log", ylim=(lowest, 3 * top))
+    ax.set_xlabel("eigenvalue (signed logarithmic axis); points are outliers, one eigenvalue each")
+    ax.set_ylabel("share of eigenvalues per decade")
     ax.legend(fontsize="small", frameon=False, loc="upper right")
     return ax
 

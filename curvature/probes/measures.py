@@ -56,20 +56,30 @@ class Setting:
         return congruence(Diagonal(self.objective.position.abs(), space=space), self.hessian)
 
 
-Numbers = tuple[Tensor, Tensor]  # (r,) values, and their standard errors, NaN where nothing is random
+class Numbers(NamedTuple):
+    """(r,) values, their standard errors, NaN where nothing is random, with their degrees of freedom, and bounds of
+    what no repetition shows."""
+
+    values: Tensor
+    stderrs: Tensor
+    dofs: Tensor
+    bounds: Tensor
 
 
 def _certain(result: WorstCase | CriticalSharpness | Estimate) -> Numbers:
-    value = result.value.reshape(-1)
-    return value, torch.full_like(value, torch.nan)
+    value = result.value.reshape(-1).double()
+    return Numbers(value, value * torch.nan, torch.full_like(value, torch.inf), torch.zeros_like(value))
 
 
 def _sampled(result: Estimate) -> Numbers:
-    return result.value.reshape(-1), result.stderr.reshape(-1).where(result.stderr.reshape(-1) > 0, torch.nan)
+    value, stderr = result.value.reshape(-1).double(), result.stderr.reshape(-1).double()
+    floor = torch.as_tensor(result.floor).double().expand_as(value).clone()
+    return Numbers(value, stderr.where(stderr > 0, torch.nan), torch.full_like(value, result.dof), floor)
 
 
 def _largest(result: Eigenpairs) -> Numbers:
-    return result.values[:1], torch.full((1,), torch.nan)
+    value, residual = result.values[:1].double(), result.residuals[:1].double()
+    return Numbers(value, value * torch.nan, torch.full_like(value, torch.inf), residual)
 
 
 def _flat(result: PacBayes) -> Numbers:

@@ -25,7 +25,8 @@ ALPHAS = (0.5, 2.0)  # powers of 2: the scaled network rounds as the given one d
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Sharpness(Result):
     """A table of measures: `values` (m,) of those in `names`, and their standard errors `stderrs` (m,), NaN where
-    nothing is random; `bounds` (m,) are of what no repetition shows, such as the residual of an eigenvalue.
+    nothing is random, with their degrees of freedom `dofs` (m,); `bounds` (m,) are of what no repetition shows, such as
+    the residual of an eigenvalue.
 
     `invariant` says whether theory has a measure unchanged where the weights of ReLU networks are scaled without
     changing the function, and `changes` (m,) by how much at most it changed, relatively, where that was tried.
@@ -35,6 +36,7 @@ class Sharpness(Result):
     names: tuple[str, ...]
     values: Float[Tensor, " m"]
     stderrs: Float[Tensor, " m"]
+    dofs: Float[Tensor, " m"]
     bounds: Float[Tensor, " m"]
     invariant: tuple[bool, ...]
     changes: Float[Tensor, " m"] | None = None
@@ -57,9 +59,9 @@ class Sharpness(Result):
         return rows | ({"left out": "; ".join(self.left_out)} if self.left_out else {})
 
     def quantities(self) -> dict[str, Quantity]:
-        columns = (column.tolist() for column in (self.values, self.stderrs.nan_to_num(0.0), self.bounds))
-        rows = zip(self.names, *columns, strict=True)
-        return {name: Quantity(value, stderr, bound=bound) for name, value, stderr, bound in rows}
+        columns = self.values, self.stderrs.nan_to_num(0.0), self.dofs, self.bounds
+        rows = zip(self.names, *(column.tolist() for column in columns), strict=True)
+        return {name: Quantity(*numbers) for name, *numbers in rows}
 
     __repr__ = Result.__str__
 
