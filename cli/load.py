@@ -110,7 +110,7 @@ def _from_code(spec: str, model: str | None, task: Task) -> cv.Objective:
     if model is None:
         return objective
     held = read_weights(model, trust=task.trust, allow=task.allow_global)
-    state, notes = fitted(objective.function.module, held.state_dict)
+    state, notes = fitted(objective.function.module, held.state_dict, model)
     say_all([*held.notes, *notes])
     return objective.with_state(state)
 

@@ -60,7 +60,7 @@ def _looked_into(path: Path, kind: FileKind) -> Looked:
         return _folder(path)
     if kind is FileKind.ADAPTER:
         base = json_object(path / "adapter_config.json").get("base_model_name_or_path")
-        state, notes = state_dict_of(read_tensors(weights_file(path, ADAPTER)))
+        state, notes = state_dict_of(read_tensors(weights_file(path, ADAPTER)), path)
         return state, [f"base model {printable(base)}", *notes], []
     state, notes, given = read_weights(path)
     options = [f"hyper_parameters {listing([f'{key}={value}' for key, value in given.items()])}"] if given else []

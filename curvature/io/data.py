@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from curvature.errors import BadFile
+from curvature.io.archive import EXPANSION, GROWTH
 from curvature.io.recognise import is_text
 from curvature.io.tables import arrays_of, read_table
 from curvature.io.weights import read_tensors
@@ -54,6 +55,13 @@ def _is_npz(path: Path) -> bool:
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
     try:
+        with zipfile.ZipFile(path) as archive:
+            bloated = [info.file_size for info in archive.infolist() if info.file_size > EXPANSION * info.compress_size]
+        if sum(bloated) > GROWTH:
+            raise BadFile(
+                f"{path} would unpack to {sum(bloated):,} bytes, almost all of them the same: a zip bomb.",
+                "If you made it, write it again with numpy.savez, which does not compress.",
+            )
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except (ValueError, OSError, TypeError, zipfile.BadZipFile) as error:

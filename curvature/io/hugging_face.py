@@ -60,7 +60,7 @@ def read_adapter(folder: Path, read: Read, base: Path | None = None) -> tuple[nn
     """
     named = json_object(folder / "adapter_config.json").get("base_model_name_or_path")
     where = base_of(folder) if base is None else base
-    if where is None or recognise(where) is not FileKind.HUGGING_FACE:
+    if where is None or not _is_folder(where):
         raise BadFile(
             f"{folder} is an adapter of {printable(where or named)}, which is no Hugging Face folder here.",
             "Pass --base FOLDER, the model that it was trained from.",
@@ -78,6 +78,13 @@ def read_adapter(folder: Path, read: Read, base: Path | None = None) -> tuple[nn
         told = listing([*found.unexpected_keys, *lacking], 3)
         raise BadFile(f"{folder} does not fit {where}: {told}.", "Pass --base FOLDER, the model it was trained from.")
     return model, [*notes, f"{folder} is a {printable(config.peft_type.value)} adapter of {where}"]
+
+
+def _is_folder(place: Path) -> bool:
+    try:
+        return recognise(place) is FileKind.HUGGING_FACE
+    except BadFile:
+        return False
 
 
 def base_of(folder: Path) -> Path | None:

@@ -55,8 +55,8 @@ def read_module(
     if arch is not None:
         held = read_weights(path, trust=trust, allow=allow)
         module = arch(held.hyper_parameters)
-        state, notes = fitted(module, held.state_dict)
-        load_into(module, state)
+        state, notes = fitted(module, held.state_dict, path)
+        load_into(module, state, path)
         return module, [*held.notes, *notes]
     if kind is FileKind.HUGGING_FACE:
         return read_folder(path, read)
@@ -95,7 +95,7 @@ def read_weights(path: str | Path, *, trust: bool = False, allow: Sequence[str] 
     if isinstance(held, nn.Module):  # in the format before 1.6, where only reading tells
         return Weights(held.state_dict(), [f"took the weights of {kind.value}"], {})
     given = held.get("hyper_parameters") if kind is FileKind.LIGHTNING else None
-    return Weights(*state_dict_of(held), given if isinstance(given, Mapping) else {})
+    return Weights(*state_dict_of(held, path), given if isinstance(given, Mapping) else {})
 
 
 def _stock_or_refuse(path: Path, kind: FileKind) -> nn.Module:

@@ -25,6 +25,10 @@ from curvature.errors import BadFile, TooLarge, UnsafeFile, listing, one_line, p
 from curvature.io import archive
 from curvature.io.recognise import pickle_globals
 
+_ATTACK = {  # modules and functions that run programs, open files or connections, or hide what does
+    *("os", "posix", "nt", "subprocess", "pty", "socket", "shutil", "runpy", "sys", "importlib", "ctypes", "pickle"),
+    *("_pickle", "builtins.eval", "builtins.exec", "builtins.compile", "builtins.open", "builtins.__import__"),
+}
 SAVE_WEIGHTS = "use torch.save(model.state_dict(), path) and --arch FILE.py:NAME."
 
 
@@ -85,7 +89,9 @@ def _refused(names: Sequence[str]) -> list[str]:
 
 
 def _unsafe(path: str | PathLike[str], names: Sequence[str], fix: str | None = None) -> UnsafeFile:
-    """The refusal of a file that uses these names; the usual `fix` is to allow them."""
+    """The refusal of a file that uses these names; the usual `fix` is to allow them, unless only attacks need them."""
+    if any(name.partition(".")[0] in _ATTACK or name in _ATTACK for name in names):
+        fix = "No model needs that: do not load it. If you made it yourself, save its tensors as safetensors."
     return UnsafeFile(
         f"{path} uses what could run code: {listing(names)}.",
         fix

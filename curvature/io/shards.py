@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvature.errors import BadFile, listing, printable
 from curvature.io.archive import AGAIN
-from curvature.io.recognise import index_of, json_object
+from curvature.io.recognise import FileKind, index_of, json_object, recognise
 
 
 def read_shards(path: str | PathLike[str], read: Callable[[Path], Any]) -> dict[str, Tensor]:
@@ -29,6 +29,8 @@ def read_shards(path: str | PathLike[str], read: Callable[[Path], Any]) -> dict[
         raise BadFile(f"{index} does not say which tensor is in which file of its folder.", AGAIN)
     tensors: dict[str, Tensor] = {}
     for shard in dict.fromkeys(places.values()):
+        if recognise(index.parent / shard) is FileKind.SHARDS:  # which could be this one
+            raise BadFile(f"{index} names {printable(shard)}, which is no file of weights.", AGAIN)
         held = read(index.parent / shard)
         if not isinstance(held, Mapping):
             raise BadFile(f"{index.parent / shard} holds a {type(held).__name__}, not tensors by name.", AGAIN)

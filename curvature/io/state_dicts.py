@@ -19,7 +19,7 @@ _INSERTED = {  # by wrappers of modules, anywhere in a name
 }
 
 
-def state_dict_of(loaded: Any) -> tuple[dict[str, Tensor], list[str]]:
+def state_dict_of(loaded: Any, name: object = "The file") -> tuple[dict[str, Tensor], list[str]]:
     """The state_dict inside what a file holds, and a note for each thing that was taken off or left out.
 
     Looks through the usual wrappings of checkpoints, or the only one that holds tensors by name, then strips what
@@ -34,15 +34,16 @@ def state_dict_of(loaded: Any) -> tuple[dict[str, Tensor], list[str]]:
     tensors = _named_tensors(entries)
     if not tensors:
         held = listing(list(entries)) or f"a {type(loaded).__name__}"
-        cause = f"There is no state_dict in what the file holds: {held}."
-        raise BadFile(cause, f"To save one {SAVE_WEIGHTS}")
+        raise BadFile(f"{name} holds no state_dict, but {held}.", f"To save one {SAVE_WEIGHTS}")
     if len(tensors) < len(entries):
         left = [name for name in entries if name not in tensors]
         notes.append(f"left out what is not a tensor: {listing(left)}")
     return _without_prefixes(tensors, notes), notes
 
 
-def fitted(module: nn.Module, state_dict: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[str]]:
+def fitted(
+    module: nn.Module, state_dict: Mapping[str, Tensor], name: object = "the file"
+) -> tuple[Mapping[str, Tensor], list[str]]:
     """The part of `state_dict` that is the module's, under the module's names, and a note when it is not all as it is.
 
     A model that was saved as an attribute of another one (a LightningModule, AveragedModel, a teacher and its student)
@@ -58,7 +59,7 @@ def fitted(module: nn.Module, state_dict: Mapping[str, Tensor]) -> tuple[Mapping
     fits = sorted(prefix for prefix in prefixes if _with_tied(own, _below(prefix, state_dict)).keys() == own.keys())
     if len(fits) > 1:
         raise BadFile(
-            f"The file's tensors fit {type(module).__name__} in {len(fits)} places: {listing(fits)}.",
+            f"The tensors of {name} fit {type(module).__name__} in {len(fits)} places: {listing(fits)}.",
             "Save the state_dict of the one that you mean.",
         )
     if fits:
@@ -70,7 +71,7 @@ def fitted(module: nn.Module, state_dict: Mapping[str, Tensor]) -> tuple[Mapping
     return (deeper, [f"put it under {inside!r}"]) if _with_tied(own, deeper).keys() == own.keys() else (state_dict, [])
 
 
-def load_into(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+def load_into(module: nn.Module, state_dict: Mapping[str, Tensor], name: object = "the file") -> None:
     """Copy `state_dict` into `module`; a module on the meta device takes the tensors themselves.
 
     Of names that are tied in the module one is enough. BadFile, before any tensor changed, when names,
@@ -87,7 +88,7 @@ def load_into(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     if any(problems.values()):
         told = [f"{len(names)} {kind}: {listing(names, 3)}" for kind, names in problems.items() if names]
         raise BadFile(
-            f"The file's tensors do not fit {type(module).__name__}: {'; '.join(told)}.",
+            f"The tensors of {name} do not fit {type(module).__name__}: {'; '.join(told)}.",
             "Check that --arch builds the model with the options it was trained with.",
         )
     on_meta = any(isinstance(entry, Tensor) and entry.is_meta for entry in own.values())

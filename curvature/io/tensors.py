@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from curvature.errors import BadFile, printable
 
+_Place = tuple[Any, Any] | None  # the place of the container, and the key in it; None for the whole
+
 
 def check_tensors(loaded: Any, path: str | PathLike[str]) -> None:
     """Raise BadFile naming the first tensor, in nested containers too, that is not plain dense data."""
@@ -27,16 +29,25 @@ def non_finite_tensors(state_dict: Mapping[str, Tensor]) -> list[str]:
 
 def _tensors(loaded: Any) -> Iterator[tuple[str, Tensor]]:
     """Every tensor in nested dicts, lists and tuples, with its keys joined by dots."""
-    waiting: list[tuple[str, Any]] = [("", loaded)]
+    waiting: list[tuple[_Place, Any]] = [(None, loaded)]
     entered: set[int] = set()  # a pickle can share and nest containers without end: enter each once
     while waiting:
-        name, item = waiting.pop()
+        place, item = waiting.pop()
         if isinstance(item, Tensor):
-            yield name, item
+            yield _name(place), item
         elif isinstance(item, Mapping | list | tuple) and id(item) not in entered:
             entered.add(id(item))
             children = item.items() if isinstance(item, Mapping) else enumerate(item)
-            waiting.extend((f"{name}.{printable(key)}".lstrip("."), child) for key, child in children)
+            waiting.extend(((place, key), child) for key, child in children)
+
+
+def _name(place: _Place) -> str:
+    """The keys on the way to a place; put together only where it is wanted, since a pickle can nest deeply."""
+    keys = []
+    while place is not None:
+        place, key = place
+        keys.append(printable(key))
+    return ".".join(reversed(keys))
 
 
 def _flaw(tensor: Tensor) -> tuple[str, str] | None:

@@ -82,7 +82,7 @@ def load(
         module = _module(contents["architecture"], state, trust, arch, path)
         function = _function(contents["loss"], module, trust, path)
         batches = _batches(contents["data"], path) if data is None else Batches(())
-        mode, seed = contents["mode"], contents["seed"]
+        mode, seed = contents["mode"], int(contents["seed"])
         params = {name: state[name] for name in selected}
         frozen = {name: state[name] for name, _ in module.named_parameters() if name not in params}
         buffers = {name: state[name] for name, _ in module.named_buffers()}

@@ -522,7 +522,7 @@ def test_a_payload_in_a_stock_module_never_runs(tmp_path):
     model = small()
     model.__dict__["note"] = Payload(tmp_path / "ran")
     torch.save(model, tmp_path / "m.pt")
-    with pytest.raises(UnsafeFile, match=rf"run code: {os.system.__module__}\.system\. Pass --trust"):
+    with pytest.raises(UnsafeFile, match=rf"run code: {os.system.__module__}\.system\. No model needs that"):
         load_stock(tmp_path / "m.pt")
     assert not (tmp_path / "ran").exists()
 

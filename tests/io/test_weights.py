@@ -323,11 +323,10 @@ SYSTEM = f"{os.system.__module__}.system"
 def test_a_payload_never_runs(tmp_path, save, wrap):
     save(wrap(Payload(tmp_path / "ran")), tmp_path / "evil.pt")
     with pytest.raises(
-        UnsafeFile, match=rf"evil\.pt uses what could run code: {SYSTEM}\. If these are harmless"
+        UnsafeFile, match=rf"evil\.pt uses what could run code: {SYSTEM}\. No model needs that"
     ) as caught:
         read_tensors(tmp_path / "evil.pt")
-    assert f"--allow-global {SYSTEM}" in caught.value.fix
-    assert "safetensors" in caught.value.fix and "--trust" in caught.value.fix
+    assert "safetensors" in caught.value.fix and "--" not in caught.value.fix
     assert "weights_only" not in str(caught.value) and caught.value.__cause__ is None
     assert not (tmp_path / "ran").exists()
 
@@ -378,7 +377,8 @@ def test_an_environment_variable_cannot_make_it_trust(tmp_path, monkeypatch):
 
 def test_allowed_names_let_a_checkpoint_load(tmp_path):
     torch.save({"w": torch.ones(2), "args": argparse.Namespace(lr=0.1)}, tmp_path / "c.pt")
-    with pytest.raises(UnsafeFile, match=r"run code: argparse\.Namespace\."):
+    ways = r"If these are harmless pass --allow-global argparse\.Namespace, or save .* as safetensors; .* pass --trust"
+    with pytest.raises(UnsafeFile, match=rf"run code: argparse\.Namespace\. {ways}"):
         read_tensors(tmp_path / "c.pt")
     assert read_tensors(tmp_path / "c.pt", allow=["argparse.Namespace"])["args"].lr == 0.1
 
@@ -611,7 +611,7 @@ def test_state_dicts_are_found_in_their_wrappings(loaded, notes):
 def test_a_wrapping_of_itself_ends():
     endless = {}
     endless["model"] = endless
-    with pytest.raises(BadFile, match="no state_dict in what the file holds: model"):
+    with pytest.raises(BadFile, match="holds no state_dict, but model"):
         state_dict_of(endless)
 
 
@@ -631,7 +631,7 @@ def test_names_that_only_look_wrapped_are_kept():
     ],
 )
 def test_what_holds_no_state_dict_is_told(loaded, held):
-    with pytest.raises(BadFile, match=rf"no state_dict in what the file holds: {held}\. To save one use"):
+    with pytest.raises(BadFile, match=rf"holds no state_dict, but {held}\. To save one use"):
         state_dict_of(loaded)
 
 
