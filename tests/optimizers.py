@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -76,6 +77,18 @@ WINDOW = {
         "test_a_step_between_refreshes_does_not_wait_for_the_gpu",
     )
 }
+
+
+def kfac_of_own_passes(params: Any, **options: Any) -> KFAC:
+    """K-FAC with the model that has all these parameters, itself and not what wraps it."""
+    given = list(params)
+    copies = [dict(part) if isinstance(part, dict) else part for part in given]
+    wanted = {id(p) for group in torch.optim.SGD(copies, lr=0.0).param_groups for p in group["params"]}
+    nets = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
+    owners = [net for net in nets if wanted <= {id(p) for p in net.parameters()}]
+    model = min(owners, key=lambda net: len(list(net.modules())), default=None)  # none where it is not kept
+    return KFAC(given, fisher="empirical", model=model, **options)
+
 
 LOWERS = {"test_ascent_is_descent_of_the_negative": "a control lowers losses, and refuses maximize=True"}
 
@@ -235,12 +248,29 @@ CASES = [
     OptimizerCase(
         KFAC,
         1.0,
-        {"match": "none", "momentum": 0.0, "weight_decay": 0.0, "damping": 1.0, "control": QuadraticModel()},
+        {
+            "match": "none",
+            "momentum": 0.0,
+            "weight_decay": 0.0,
+            "damping": 1.0,
+            "factored": True,
+            "control": QuadraticModel(),
+        },
         objective=True,
-        name="KFAC by a quadratic model",
+        name="KFAC by a quadratic model, with factored damping",
         skips=LOWERS,
     ),
     OptimizerCase(EKFAC, 2e-2, {"every": 4, "collect": 2}, objective=True),
+    OptimizerCase(
+        kfac_of_own_passes,
+        2e-2,
+        {"every": 4, "collect": 2},
+        name="KFAC of own passes",
+        skips={
+            "test_models_may_be_wrapped": "compiled models show no layers",
+            "test_shards_are_refused": "there is no model",
+        },
+    ),
     OptimizerCase(
         NewtonCG,
         1.0,

@@ -40,7 +40,7 @@ class OutputLoss:
         inputs, targets = split(batch)
         inputs = _copied(inputs)
         args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (_positional(inputs), {})
-        return _tensor_of(call_with(self.module, dict(tensors), args, dict(kwargs))), targets
+        return tensor_of(call_with(self.module, dict(tensors), args, dict(kwargs))), targets
 
     def total(self, tensors: Tensors, batch: Any) -> Float[Tensor, ""]:
         """The sum of the loss over the terms of the batch."""
@@ -164,7 +164,7 @@ def _positional(inputs: Any) -> tuple[Any, ...]:
     return inputs if type(inputs) is tuple else (inputs,)  # a PackedSequence, for one, is a tuple and one argument
 
 
-def _tensor_of(outputs: Any) -> Tensor:
+def tensor_of(outputs: Any) -> Tensor:
     """The logits or predictions among what a model returned."""
     if isinstance(outputs, Tensor):
         return outputs

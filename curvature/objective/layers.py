@@ -41,15 +41,27 @@ def layer_tape(modules: Mapping[str, tuple[nn.Module, Capture]]) -> Iterator[dic
 
 def _recorder(calls: list[Call], capture: Capture) -> Callable[..., Tensor | None]:
     def record(module: nn.Module, args: tuple, kwargs: dict, output: object) -> Tensor | None:
-        given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        given = argument(args, kwargs)
         if given is None or not isinstance(output, Tensor) or not output.requires_grad:
             return None
-        kept = None
-        with suppress(Exception), torch.no_grad():  # a module that is called in another way than layers of its kind
-            kept = capture(module, given.detach())
-        if output._is_view():  # an operation in place on a view would take its edge out of the graph
-            output = output.clone()
+        kept, output = captured(capture, module, given), whole(output)
         calls.append(Call(kept, get_gradient_edge(output), output.shape))
         return output
 
     return record
+
+
+def argument(args: tuple, kwargs: dict) -> Tensor | None:
+    """The first tensor that a module was called with."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+def captured(capture: Capture, module: nn.Module, input: Tensor) -> Tensor | None:
+    """What to keep of the input; None of a module that is called in another way than layers of its kind."""
+    with suppress(Exception), torch.no_grad():
+        return capture(module, input.detach())
+
+
+def whole(output: Tensor) -> Tensor:
+    """The output, or a copy where it is a view: an operation in place on that would take its edge out of the graph."""
+    return output.clone() if output._is_view() else output

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvature.errors import BadObjective
 from curvature.objective.batches import arrays, split
@@ -42,7 +42,7 @@ class Recorded:
     def inputs(self, layer: Layer) -> Inputs | None:
         """What went into a layer; None where it was not called."""
         calls = self.calls[layer.name]
-        return layer.inputs(calls, self.examples) if calls else None
+        return layer.inputs([call.input for call in calls], self.examples) if calls else None
 
     def cotangents(self, layer: Layer, gradients: Gradients) -> Float[Tensor, "n r g o"]:
         """The gradients of what a layer returned."""
@@ -128,9 +128,8 @@ class Evidence:
         return MIXED if unmixed and not agree(scaled, own, size=norm(together)) else None
 
 
-def candidates(objective: Objective) -> tuple[list[Layer], dict[str, str]]:
-    """The layers of known kinds that own selected parameters alone; the other selected parameters, with the reason."""
-    module, selected = objective.function.module, set(objective.space.names)
+def candidates(module: nn.Module, params: Mapping[str, Tensor]) -> tuple[list[Layer], dict[str, str]]:
+    """The layers of known kinds that own some of these parameters alone; the others of them, with the reason."""
     names: dict[int, list[str]] = {}
     for name, p in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(p), []).append(name)
@@ -139,7 +138,7 @@ def candidates(objective: Objective) -> tuple[list[Layer], dict[str, str]]:
         own, kind = {}, recognised(part)
         for name, p in part.named_parameters(recurse=False):
             full = f"{path}.{name}".lstrip(".")
-            if full not in selected:
+            if full not in params:
                 continue
             if len(names[id(p)]) > 1:
                 others[full] = f"shared with {', '.join(name for name in names[id(p)] if name != full)}"
@@ -150,7 +149,7 @@ def candidates(objective: Objective) -> tuple[list[Layer], dict[str, str]]:
         if own and kind is not None:
             layer = Layer(path or type(part).__name__, part, kind, own.get("weight"), own.get("bias"))
             try:
-                layer.arranged(objective.params)
+                layer.arranged(params)
             except Exception:  # a layer that is like its kind by name or class alone
                 others |= dict.fromkeys(layer.params, ALTERED)
             else:

@@ -7,6 +7,7 @@ weights and the bias as their last column. Every block is known by two small mat
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal
 
 import torch
@@ -115,25 +116,26 @@ def _factors(seen: Layerwise, sharing: Sharing) -> tuple[dict[str, Kronecker], d
     if sharing not in ("expand", "reduce"):
         raise ValueError(f"sharing is 'expand' or 'reduce', but got {sharing!r}.")
     _need_factors(seen)
-    reduce, pulled = sharing == "reduce", seen.residuals is not None
-
-    def see(layer: Layer, inputs: Inputs) -> Seen:
-        if layer.kind.small and isinstance(inputs, Rows) and pulled:
-            whole = inputs.whole
-            return {}, lambda cotangents: {"whole": whole(cotangents)}
-        taken = inputs.summed if reduce else inputs.counted  # of large inputs nothing is kept for the residuals
-        inputs = inputs.reduced() if reduce else inputs
-        once = {"inner": inputs.second_moment(), "positions": torch.tensor(float(inputs.count), dtype=torch.float64)}
-        return once, lambda cotangents: {"outer": gram(taken(cotangents).flatten(0, 1))}
-
-    means, squares = seen.means(see)
-    return {layer.name: _block(layer, means[layer.name], seen.objective) for layer in seen.layers}, squares
+    means, squares = seen.means(partial(factor_sums, sharing=sharing, pulled=seen.residuals is not None))
+    return {layer.name: block_of(layer, means[layer.name], seen.objective.params) for layer in seen.layers}, squares
 
 
-def _block(layer: Layer, means: Mapping[str, Tensor], objective: Objective) -> Kronecker:
+def factor_sums(layer: Layer, inputs: Inputs, *, sharing: Sharing = "expand", pulled: bool = True) -> Seen:
+    """What factors are made of: sums over the inputs of a layer, and over the cotangents of a residual."""
+    if layer.kind.small and isinstance(inputs, Rows) and pulled:
+        whole = inputs.whole
+        return {}, lambda cotangents: {"whole": whole(cotangents)}
+    reduce = sharing == "reduce"
+    taken = inputs.summed if reduce else inputs.counted  # of large inputs nothing is kept for the residuals
+    inputs = inputs.reduced() if reduce else inputs
+    once = {"inner": inputs.second_moment(), "positions": torch.tensor(float(inputs.count), dtype=torch.float64)}
+    return once, lambda cotangents: {"outer": gram(taken(cotangents).flatten(0, 1))}
+
+
+def block_of(layer: Layer, means: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> Kronecker:
     """E[g g^T] ⊗ E[a a^T] from the means over terms; the identity for what there is nothing of."""
-    groups, left, right = layer.arranged(objective.params).shape
-    one = objective.params[layer.params[0]].new_ones(())
+    groups, left, right = layer.arranged(params).shape
+    one = params[layer.params[0]].new_ones(())
     if "whole" in means:
         return Kronecker(one.expand(groups, 1, 1), means["whole"], psd=True)
     size = right if layer.kind.transposed else left

@@ -77,7 +77,7 @@ class Layerwise:
     ) -> None:
         self.objective, self.residuals, self.apart = objective, residuals, apart
         self.altered = objective.check().altered
-        self.layers, self.others = candidates(objective)
+        self.layers, self.others = candidates(objective.function.module, objective.params)
         self.drop(self.altered)
         self.unmixed = exact or objective.mode == "eval"
         if not self.unmixed:

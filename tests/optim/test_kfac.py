@@ -79,6 +79,52 @@ def test_twenty_steps_are_those_of_the_dense_matrix(kind, widths, loss, fisher):
             torch.testing.assert_close(found, W, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize(
+    "widths, loss", [((3, 4, 2), "mse"), ((2, 3, 3, 3), "cross-entropy"), ((4, 3), "cross-entropy")]
+)
+@pytest.mark.parametrize("own, factored", [(True, False), (True, True), (False, True)])
+def test_twenty_steps_of_own_passes_or_factored_damping_are_those_of_the_dense_matrix(widths, loss, own, factored):
+    net = mlp(*widths)
+    options = {"momentum": 0.5, "weight_decay": 0.1, "damping": 0.1, "beta": 0.8, "match": "none"}
+    optimizer = KFAC(
+        net.parameters(), 0.05, every=5, fisher="empirical", factored=factored, model=net if own else None, **options
+    )
+    name = f"{'squares' if loss == 'mse' else 'classes'}, empirical"
+    reference = DenseKFAC(name, 0.05, 0.1, 0.8, 0.5, 0.1, 5, corrected=False, factored=factored)
+    expected = weights(net)
+    for step in range(20):
+        x, y = data(widths, loss, seed=step)
+        optimizer.zero_grad()
+        (F.mse_loss if loss == "mse" else F.cross_entropy)(net(x), y).backward()
+        expected = reference.step(expected, x, y, grads(net))
+        optimizer.step(objective=None if own else cv.Objective.of(net, loss, [(x, y)]))
+        for found, W in zip(weights(net), expected, strict=True):
+            torch.testing.assert_close(found, W, rtol=1e-9, atol=1e-11)
+
+
+def test_factored_damping_is_exact_where_a_factor_is_a_number():
+    """And more in all elsewhere: Martens & Grosse 2015, section 6.3."""
+    batch = data((3, 1), "mse")
+    for net, more in ((nn.Linear(3, 1).double(), 0), (mlp(3, 4, 1), 1)):
+        exact, factored = (
+            KFAC(net.parameters(), 0.0, damping=0.2, fisher="type-2", factored=factored) for factored in (False, True)
+        )
+        for optimizer in (exact, factored):
+            stepped(optimizer, net, "mse", batch)
+        apart = torch.linalg.eigvalsh(exact.operator().dense() - factored.operator().dense())
+        assert float(apart[0]) > -1e-12 and (float(apart[-1]) > 1e-3) == bool(more)
+
+
+def test_factored_damping_of_a_factor_that_is_zero_is_even():
+    net = mlp(3, 4, 2)
+    optimizer = KFAC(net.parameters(), 0.0, damping=0.04, fisher="empirical", factored=True)
+    x = data((3, 2), "mse")[0]
+    stepped(optimizer, net, "mse", (x, net(x).detach()))  # no gradient at all
+    A = torch.cat([x, torch.ones(len(x), 1).double()], 1)
+    expected = torch.linalg.inv(torch.kron(torch.eye(4).double() * 0.2, A.T @ A / len(x) + 0.2 * torch.eye(4).double()))
+    torch.testing.assert_close(optimizer.operator().dense()[:16, :16].trace(), expected.trace(), rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("kind, make", [(KFAC, cv.kfac), (EKFAC, cv.ekfac)])
 @pytest.mark.parametrize("fisher", ["sampled", "type-2", "empirical"])
 def test_the_first_matrix_is_the_damped_inverse_of_that_of_the_first_batch(kind, make, fisher):

@@ -57,7 +57,11 @@ def gradients(weights: Weights, x: Tensor, target: Tensor, kind: str) -> list[tu
 @dataclass
 class DenseKFAC:
     """W <- (1 - lr wd) W - lr (F + damping I)^-1 m with F = G ⊗ A, or with the second moments along the eigenvectors
-    of G and A in place of the eigenvalues where `corrected`."""
+    of G and A in place of the eigenvalues where `corrected`.
+
+    With `factored`, F + damping I is (G + sqrt(damping) / pi I) ⊗ (A + pi sqrt(damping) I) with
+    pi = sqrt((tr A / dim A) / (tr G / dim G)) (Martens & Grosse 2015, section 6.3).
+    """
 
     kind: str
     lr: float
@@ -67,11 +71,13 @@ class DenseKFAC:
     weight_decay: float
     refresh: int
     corrected: bool
+    factored: bool = False
     count: int = 0
     G: list[Tensor] = field(default_factory=list)
     A: list[Tensor] = field(default_factory=list)
     bases: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    inverted: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     moments: list[Tensor] = field(default_factory=list)
     average: list[Tensor] = field(default_factory=list)
 
@@ -91,6 +97,7 @@ class DenseKFAC:
         self.G = [rho * old + (1 - rho) * new for old, new in zip(self.G or G, G, strict=True)]
         if (self.count - 1) % self.refresh == 0 or self.count in (1, 2, 4, 8, 16):
             before, self.bases, self.values = self.bases, [], []
+            self.inverted = [(G.clone(), A.clone()) for G, A in zip(self.G, self.A, strict=True)]
             for i in layers:
                 (left, U), (right, V) = torch.linalg.eigh(self.G[i]), torch.linalg.eigh(self.A[i])
                 self.bases.append(torch.kron(U, V))
@@ -109,7 +116,12 @@ class DenseKFAC:
         for i, W in enumerate(weights):
             m = self.average[i].flatten() / (1 - self.momentum**self.count)
             values = self.moments[i] if self.corrected else self.values[i]
-            F = self.bases[i] @ torch.diag(values) @ self.bases[i].T
-            d = torch.linalg.solve(F + self.damping * torch.eye(len(m), dtype=torch.float64), m)
+            F = self.bases[i] @ torch.diag(values) @ self.bases[i].T + self.damping * torch.eye(len(m)).double()
+            if self.factored:
+                G, A = self.inverted[i]
+                pi = ((A.trace() / len(A)) / (G.trace() / len(G))).sqrt()
+                G = G + self.damping**0.5 / pi * torch.eye(len(G)).double()
+                F = torch.kron(G, A + pi * self.damping**0.5 * torch.eye(len(A)).double())
+            d = torch.linalg.solve(F, m)
             moved.append(W * (1 - self.lr * self.weight_decay) - self.lr * d.view_as(W))
         return moved

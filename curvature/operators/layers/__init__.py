@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvature.errors import CurvatureError
-from curvature.objective.layers import Call
 from curvature.operators.layers import conv
 from curvature.operators.layers.embedding import EMBEDDING
 from curvature.operators.layers.kind import Kind
@@ -47,10 +46,11 @@ class Layer:
         """The names of its selected parameters."""
         return tuple(name for name in (self.weight, self.bias) if name is not None)
 
-    def inputs(self, calls: Sequence[Call], examples: int) -> Inputs:
-        """What went in, in all its calls."""
-        kept = [call.input for call in calls if call.input is not None]
-        if len(kept) < len(calls):
+    def inputs(self, captured: Sequence[Tensor | None], examples: int | None = None) -> Inputs:
+        """What went in, in all its calls, of each of which this was captured; as many examples as it says, or as the
+        first axis has."""
+        kept = [input for input in captured if input is not None]
+        if len(kept) < len(captured):
             raise Unfollowed({self.name: "its layer is called in another way than others of its kind"})
         parts = [self.kind.inputs(self.module, input) for input in kept]
         values = _joined([self._by_example(part.values, examples) for part in parts])
@@ -60,7 +60,7 @@ class Layer:
             values = values[..., :0]
         return Rows(values, ones=self.bias is not None)
 
-    def cotangents(self, gradients: Sequence[Tensor], examples: int) -> Float[Tensor, "n r g o"]:
+    def cotangents(self, gradients: Sequence[Tensor], examples: int | None = None) -> Float[Tensor, "n r g o"]:
         """The gradients of the outputs of all its calls."""
         parts = [self.kind.outputs(self.module, gradient) for gradient in gradients]
         return _joined([self._by_example(part, examples) for part in parts])
@@ -76,8 +76,10 @@ class Layer:
             parts.append(bias.reshape(groups, -1, 1))
         return torch.cat(parts, dim=-1)
 
-    def _by_example(self, values: Tensor, examples: int) -> Tensor:
+    def _by_example(self, values: Tensor, examples: int | None) -> Tensor:
         """(k examples, positions, ...) -> (examples, k positions, ...): layers may see several entries of each one."""
+        if examples is None:
+            return values
         if len(values) % examples:
             raise Unfollowed({self.name: "its layer is not called for each example"})
         return values.reshape(examples, -1, *values.shape[2:])

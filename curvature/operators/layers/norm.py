@@ -18,15 +18,18 @@ from curvature.operators.layers.positions import Rows
 def _normalised(module: Any, input: Tensor) -> Tensor:
     """What the scale multiplies: the output is linear in it, whether it is written (scale) or (1 + scale)."""
     own = {name: p for name, p in module.named_parameters(recurse=False)}
+    buffers = dict(module._buffers)  # running statistics, of which copies are updated here
     outputs = []
     with frozen_randomness(0):  # the model's own numbers go on as if nothing had been computed here
         try:
+            module._buffers.update({name: b if b is None else b.clone() for name, b in buffers.items()})
             for scale in (1.0, 0.0):
                 for name, p in own.items():
                     module._parameters[name] = torch.full_like(p, scale if name == "weight" else 0.0)
                 outputs.append(module.forward(input))
         finally:
             module._parameters.update(own)
+            module._buffers.update(buffers)
     return outputs[0] - outputs[1]
 
 
