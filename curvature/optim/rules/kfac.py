@@ -300,10 +300,10 @@ class KFAC(PreconditionedOptimizer):
     otherwise the product.
 
     With fisher="empirical", `model` may be given, and then no mini-batch: every `collect` steps layers are recorded in
-    your own passes, of `model(x)`, not compiled, and `backward`. Terms are counted by the gradients of its outputs: each
-    row that sums to zero is one, as those of softmax do, else each entry. Second moments are those of gradients as the
-    optimizer gets them, clipped and unscaled. Gradients of terms that share a layer (tokens) add up there with their own
-    signs, and other parameters have T g^2, of the mean of T terms, for the diagonal.
+    your own passes, of `model(x)`, not compiled, and `backward`. Terms are counted by the gradients of its outputs:
+    each row that sums to zero is one, as those of softmax do, else each entry. Second moments are those of gradients as
+    the optimizer gets them, clipped and unscaled. Gradients of terms that share a layer (tokens) add up there with
+    their own signs, and other parameters have T g^2, of the mean of T terms, for the diagonal.
 
     Martens & Grosse 2015 (arXiv:1503.05671); Grosse & Martens 2016 (arXiv:1602.01407), convolutions; Eschenhagen et
     al. 2023 (arXiv:2311.00636), sharing.
