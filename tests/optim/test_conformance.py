@@ -232,7 +232,7 @@ def test_schedulers_are_those_of_torch(case, kind):
     else:
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=1e3)
     rates = []
-    for batch in batches(3):
+    for batch in batches(2):
         rates.append([optimizer.param_groups[0][name] for name in ("lr", "momentum")])
         other.param_groups[0] |= zip(("lr", "momentum"), rates[-1], strict=True)
         loss = case.step(net, optimizer, batch)
@@ -274,7 +274,7 @@ def test_gradients_can_be_accumulated(case):
 def test_gradients_can_be_clipped_and_are_zeroed(case):
     net, twin = awkward(), awkward()
     optimizer, other = case.make(net.named_parameters()), case.make(twin.named_parameters())
-    for batch in batches(2):
+    for batch in batches(1):
         for model in (net, twin):
             nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1e-2)
@@ -396,7 +396,7 @@ def test_before_a_step_there_is_no_matrix(case):
 def test_it_survives_a_copy(case, copied):
     net = awkward()
     optimizer = case.make(net.named_parameters())
-    case.train(net, optimizer, batches(2))
+    case.train(net, optimizer, batches(1))
     other, twin = copied((net, optimizer))
     batch = batches(1, seed=1)[0]
     case.step(net, optimizer, batch)

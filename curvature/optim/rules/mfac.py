@@ -138,9 +138,10 @@ class MFAC(PreconditionedOptimizer):
     start: its first steps, of t gradients, are window/t times as long, with as many times the damping.) Damping has the
     units of |g|^2; far below |g|^2 / window in float32, directions are rounding.
 
-    The direction is as long as that of `graft`, over the whole group, so that learning rates are those of AdamW;
-    momentum is then that of the gradients. Without graft it is M-FAC as published, momentum being that of the
-    directions: g.(F + damping I)^-1 g is up to `window`, so that what counts is lr times window, 1 in the paper.
+    The direction is as long as that of `graft`, over the whole group, so that learning rates are of the order of
+    AdamW's, and the best on small networks a third to three times that; momentum is then that of the gradients.
+    Without graft it is M-FAC as published, momentum being that of the directions: g.(F + damping I)^-1 g is up to
+    `window`, so that what counts is lr times window, 1 in the paper.
 
     On a GPU a step waits for it a few times, for numbers and a system of `window` equations. Frantar, Kurtic & Alistarh
     2021 (arXiv:2107.03356).

@@ -127,6 +127,7 @@ class NewtonCG(PreconditionedOptimizer):
     part of the one that the gradient is of. Without a backward pass before, the gradient is that of the objective.
     lr = 1 is the whole step, of the length that `damping` (in units of curvature of the mean loss) leaves it; a
     learning rate of AdamW says nothing here. `control=LevenbergMarquardt()` adapts the damping, Armijo() the length.
+    All parameters of a group are one system: give it those that move.
 
     With matrix="hessian" the step that conjugate gradients have come to is taken where they meet a direction without
     positive curvature, and that of the gradient where this is the first one: take Armijo() with it.
