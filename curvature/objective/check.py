@@ -302,7 +302,7 @@ def _graph(examination: Examination) -> Seen:
             "weight_norm inside TorchScript has wrong second derivatives in torch.",
             "Export the eager model, or remove the weight norm before scripting.",
         )
-    return Seen(f"all {len(names)} operations behind the gradient have derivatives")
+    return Seen(f"all {len(names):,} operations behind the gradient have derivatives")
 
 
 def _products(examination: Examination) -> Seen:

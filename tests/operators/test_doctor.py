@@ -563,6 +563,13 @@ def test_torchscript_is_told():
     assert diagnosis.healthy and "TorchScript hides its parts" in found(diagnosis)["model"].seen
 
 
+@pytest.mark.slow
+def test_compiled_parts_are_told_and_run_eagerly():
+    net = Between(torch.compile(nn.Linear(8, 5), backend="aot_eager"))
+    diagnosis = cv.check(classifier(net))
+    assert diagnosis.healthy and "middle is compiled, and runs eagerly" in found(diagnosis)["model"].seen
+
+
 def test_the_forecast_is_of_all_data_and_refuses_what_does_not_fit(monkeypatch):
     x, y = data(64)
     objective = cv.Objective.of(Between(nn.Tanh()), "cross-entropy", (x, y), batch_size=16)
