@@ -39,7 +39,8 @@ def landscape(
 ) -> None:
     """The loss on a line or in a plane through the parameters.
 
-    Examples: `curv landscape --points 11 --out digits`; `curv landscape model.pt --directions hessian --radius 3 --out run1`;
+    Examples: `curv landscape --points 11 --out digits`;
+    `curv landscape model.pt --directions hessian --radius 3 --out run1`;
     `curv landscape last.pt --trajectory first.pt --trajectory second.pt --directions trajectory --out run2`.
 
     Parameters

@@ -79,8 +79,9 @@ def deliver(measure: Callable[[cv.Run], R], output: Output, command: str, **styl
     else:
         emit(result, output, command, **style)
         if output.resume and output.out is not None:
-            for path in output.out.glob(f"{_checkpoint(output.out).name}*"):
-                path.unlink()
+            own = _checkpoint(output.out)
+            for path in (*output.out.glob(f"{own.name}.*"), own):  # itself the last: where it is, there is more to do
+                path.unlink(missing_ok=True)
     for close in check(result, output.fail_on):
         warn(close)
     return result

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from curvature.errors import BadFile
-from curvature.io.files import write_atomically
+from curvature.io.files import write_together
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -136,8 +136,7 @@ class Result:
             "arrays": {"file": "arrays.safetensors", "sha256": hashlib.sha256(arrays).hexdigest()},
         }
         text = json.dumps(written, indent=1, allow_nan=False)
-        write_atomically(folder / "arrays.safetensors", arrays)
-        write_atomically(folder / "result.json", (text + "\n").encode())
+        write_together({folder / "arrays.safetensors": arrays, folder / "result.json": (text + "\n").encode()})
         return folder
 
     @classmethod

@@ -7,42 +7,64 @@ import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 from curvature.errors import BadFile, TooLarge
 
+Data = bytes | Callable[[BinaryIO], object]
 TEMPORARY = ".tmp-"  # and then the process that writes
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes | Callable[[BinaryIO], object]) -> None:
+def write_atomically(path: str | os.PathLike[str], data: Data) -> None:
     """Replace the file at `path` by `data`, or by what `data(file)` writes, in one step.
 
     The bytes go to a temporary file in the same folder and reach the disk before the rename; a symbolic link
     is followed. On failure the temporary file is removed and the old file is as it was: TooLarge when the
     disk is full, BadFile when `path` is not a file (a folder, a device), else the OSError, naming `path`.
     """
+    write_together({path: data})
+
+
+def write_together(files: Mapping[str | os.PathLike[str], Data]) -> None:
+    """The same for several files: all are written before the first is replaced."""
+    with contextlib.ExitStack() as stack:
+        written = [stack.enter_context(_written(path, data)) for path, data in files.items()]
+        for path, (temporary, target) in zip(files, written, strict=True):
+            with _named(path, temporary):
+                os.replace(temporary, target)
+
+
+@contextlib.contextmanager
+def _written(path: str | os.PathLike[str], data: Data) -> Iterator[tuple[Path, Path]]:
+    """A temporary file with the data beside the one at `path`, and what it will replace; removed in the end."""
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise BadFile(f"{path} is not a file that can be replaced.", "Choose another name to write to.")
     temporary = target.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with open(temporary, "xb") as file:
+        with _named(path, temporary), open(temporary, "xb") as file:
             if callable(data):
                 data(file)
             else:
                 file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except Exception as error:
-        raise_naming(path, temporary, error)
-        raise
+        yield temporary, target
     finally:
         with contextlib.suppress(OSError):  # gone already, when the rename succeeded
             os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def _named(path: str | os.PathLike[str], written: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise_naming(path, written, error)
+        raise
 
 
 def clear_stale(folder: str | os.PathLike[str]) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from curvature.comparison import Comparison
 from curvature.diagnostics.stability import StableRates
 from curvature.diagnostics.subspace import GradientShare
+from curvature.io.files import write_atomically
 from curvature.linalg.eigenpairs import Eigenpairs
 from curvature.linalg.spectrum import SpectralDensity
 from curvature.operators.by_layer import ByLayer
@@ -42,7 +43,8 @@ def save_picture(result: Result, path: Path, *, surface: bool = False, **style: 
     else:
         figure = Figure(figsize=SIZE, layout="constrained")
         plot(result, figure.add_subplot(projection="3d" if surface else None), **style)
-    figure.savefig(path, dpi=150)
+    kind = path.suffix.removeprefix(".") or "png"
+    write_atomically(path, lambda file: figure.savefig(file, format=kind, dpi=150))
 
 
 def _landscapes(result: Comparison) -> dict[str, Landscape]:
