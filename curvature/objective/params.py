@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from curvature.errors import BadObjective
@@ -42,7 +42,7 @@ class ParamSpace(Space):
         """One vector of tensors given in the order of `names`."""
         return torch.cat([t.reshape(-1) for t in tensors])
 
-    def unflatten(self, row: Float[Tensor, " n"]) -> list[Tensor]:
+    def unflatten(self, row: Shaped[Tensor, " n"]) -> list[Tensor]:
         """The tensors whose entries `row` holds, as views, in the order of `names`."""
         pieces = row.split([shape.numel() for shape in self.shapes])
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
@@ -72,7 +72,7 @@ class ParamSpace(Space):
             groups.setdefault((name.rpartition(".")[0] or root) if by == "layer" else name, []).append(name)
         return groups
 
-    def named(self, row: Float[Tensor, " n"]) -> dict[str, Tensor]:
+    def named(self, row: Shaped[Tensor, " n"]) -> dict[str, Tensor]:
         """The same by name."""
         return dict(zip(self.names, self.unflatten(row), strict=True))
 
