@@ -65,7 +65,6 @@ class KroneckerWhitening:
             dense = size <= self.max_size and size**2 <= self.max_skew * math.prod(block.matrix)
             one = torch.ones(block.stack, size, dtype=block.dtype, device=block.space.device)
             state[f"Q_{side}"] = one.diag_embed() if dense else one
-            state[f"P_{side}"] = state[f"Q_{side}"].clone()
         return state
 
     def update(self, state: State, block: Block, evidence: Evidence, due: bool) -> None:
@@ -78,7 +77,7 @@ class KroneckerWhitening:
         slopes, seen = state["slopes"], H.flatten(1).any(1)
         start = torch.where(seen & (slopes == 0).all(1), first_scale(H.flatten(1), self.eps).sqrt(), 1.0)
         Q = [_times(start, state[f"Q_{side}"]) for side in ("left", "right")]
-        P = [_times(start.square(), state[f"P_{side}"]) for side in ("left", "right")]
+        P = [_squared(q) for q in Q]
         X = _from_left(P[1], _from_left(P[0], H).mT).mT  # P h
         X = _times(capped(X.flatten(1)), X)
         for j, (white, noise) in enumerate(((X, V), (X.mT, None if V is None else V.mT))):
@@ -92,12 +91,10 @@ class KroneckerWhitening:
             slopes[:, j] = slope
         sizes = [q.flatten(1).abs().amax(1) for q in Q]
         for side, q, size in zip(("left", "right"), Q, sizes, strict=True):
-            q = _times((sizes[0] * sizes[1]).sqrt() / size, q)  # their product stays, and neither overflows
-            state[f"Q_{side}"].copy_(q)
-            state[f"P_{side}"].copy_(_squared(q))
+            state[f"Q_{side}"].copy_(_times((sizes[0] * sizes[1]).sqrt() / size, q))  # their product stays
 
     def operator(self, state: State, block: Block, evidence: Evidence, damping: float | None) -> LinearOperator:
-        return _kronecker(state["P_left"], state["P_right"], block)
+        return _kronecker(_squared(state["Q_left"]), _squared(state["Q_right"]), block)
 
 
 @dataclass(frozen=True)
