@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from curvature.errors import BadObjective
