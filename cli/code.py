@@ -10,7 +10,8 @@ import inspect
 import operator
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -34,9 +35,36 @@ def resolve(spec: str) -> Any:
     A file is imported as `python file.py` would find its neighbours: from its own folder, not from the current one.
     Raises Misuse when there is no such place or name, BadObjective when importing it fails.
     """
+    place, _, name = spec.rpartition(":")
+    module = _imported(spec)
+    try:
+        return operator.attrgetter(name)(module)
+    except AttributeError as error:
+        near = difflib.get_close_matches(name, vars(module), n=1)
+        fix = f"Did you mean {place}:{near[0]}?" if near else "Check the name after the colon."
+        raise Misuse(f"{place} has no {name!r}.", fix) from error
+
+
+@contextmanager
+def as_script(spec: str | None) -> Iterator[None]:
+    """Context in which the code at `spec` passes for the script that runs, where a trusted pickle looks for classes of
+    the script that saved it."""
+    if spec is None:
+        yield
+        return
+    running = sys.modules["__main__"]
+    sys.modules["__main__"] = _imported(spec)
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = running
+
+
+def _imported(spec: str) -> Any:
+    """The module in which `spec` is."""
     from curvature.errors import BadObjective, one_line
 
-    place, _, name = spec.rpartition(":")
+    place = spec.rpartition(":")[0]
     if not is_spec(spec):
         raise Misuse(f"{spec!r} names no code.", "Write ./file.py:name or package.module:name.")
     import_from_here()
@@ -44,17 +72,11 @@ def resolve(spec: str) -> Any:
     if is_file and not Path(place).is_file():
         raise Misuse(f"There is no file {place}.", "Check the path before the colon.")
     try:
-        module = _from_file(Path(place)) if is_file else importlib.import_module(place)
+        return _from_file(Path(place)) if is_file else importlib.import_module(place)
     except (Exception, SystemExit) as error:  # the user's own code can raise anything, or parse our options
         raise BadObjective(
             f"Importing {place} failed: {one_line(error)}.", "Run it with python to see where."
         ) from error
-    try:
-        return operator.attrgetter(name)(module)
-    except AttributeError as error:
-        near = difflib.get_close_matches(name, vars(module), n=1)
-        fix = f"Did you mean {place}:{near[0]}?" if near else "Check the name after the colon."
-        raise Misuse(f"{place} has no {name!r}.", fix) from error
 
 
 def called(spec: str, arguments: tuple[str, ...] = (), given: Mapping[str, Any] = MappingProxyType({})) -> Any:

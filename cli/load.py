@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .code import called, import_from_here, is_spec, made_by, resolve
+from .code import as_script, called, import_from_here, is_spec, made_by, resolve
 from .data import data_of, parts_of_folder, say_all, whole_batches
 from .options import Look, Matrix, Misuse, Task
 from .output import warn
@@ -117,7 +117,7 @@ def _from_code(spec: str, model: str | None, task: Task) -> cv.Objective:
 
 def _from_file(path: str, task: Task) -> cv.Objective:
     import curvature as cv
-    from curvature.io.models import read_module
+    from curvature.io.models import WEIGHTS, read_module
     from curvature.io.recognise import FileKind, recognise
 
     if task.trust:
@@ -135,8 +135,9 @@ def _from_file(path: str, task: Task) -> cv.Objective:
     if arch is None and kind in (FileKind.HUGGING_FACE, FileKind.ADAPTER):
         module, data, task = parts_of_folder(Path(path), task)
         return _from_made(module, path, task, data)
-    _need_loss_and_data(path, task)  # before the file is opened: it may be large
-    module, notes = read_module(path, arch=arch, trust=task.trust, allow=task.allow_global)
+    _need_loss_and_data(path, task, arch is None and kind in WEIGHTS)  # before the file is opened: it may be large
+    with as_script(task.arch if task.trust else None):
+        module, notes = read_module(path, arch=arch, trust=task.trust, allow=task.allow_global)
     say_all(notes)
     return _from_made(module, path, task, data_of(task.data, task.target))
 
@@ -187,12 +188,15 @@ def _adjusted(objective: cv.Objective, task: Task, *, loaded: bool = False) -> c
     return objective.first(task.max_examples).to(dtype=_dtype(task), device=_device(task))
 
 
-def _need_loss_and_data(name: str, task: Task) -> None:
+def _need_loss_and_data(name: str, task: Task, architecture: bool = False) -> None:
+    """Raise Misuse when the loss or the data are not said; it tells all that is missing, the architecture included."""
     missing = [option for option, given in (("--loss", task.loss), ("--data", task.data)) if given is None]
     if missing:
+        missing = ["--arch", *missing] if architecture else missing
+        told = ", ".join([*missing[:-2], " and ".join(missing[-2:])])
         raise Misuse(
-            f"{name} says nothing about {' and '.join(option[2:] for option in missing)}.",
-            f"Pass {' and '.join(missing)}, or --objective ./file.py:NAME that returns a curvature.Objective.",
+            f"{name} says nothing about {told.replace('--', '').replace('arch', 'its architecture')}.",
+            f"Pass {told}, or --objective ./file.py:NAME that returns a curvature.Objective.",
         )
 
 

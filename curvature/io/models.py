@@ -18,7 +18,7 @@ from curvature.io.weights import load_trusted, read_tensors, read_trusted
 
 Architecture = Callable[[Mapping[str, Any]], nn.Module]
 
-_WEIGHTS = (FileKind.TENSORS, FileKind.LEGACY, FileKind.LIGHTNING, FileKind.SAFETENSORS, FileKind.SHARDS, FileKind.DCP)
+WEIGHTS = (FileKind.TENSORS, FileKind.LEGACY, FileKind.LIGHTNING, FileKind.SAFETENSORS, FileKind.SHARDS, FileKind.DCP)
 _PICKLED = (FileKind.TENSORS, FileKind.LEGACY, FileKind.LIGHTNING, FileKind.DCP)
 
 
@@ -62,7 +62,7 @@ def read_module(
         return read_folder(path, read)
     if kind is FileKind.ADAPTER:
         return read_adapter(path, read, base)
-    if kind in _WEIGHTS and kind is not FileKind.LEGACY and (trust or kind is not FileKind.DCP):
+    if kind in WEIGHTS and kind is not FileKind.LEGACY and (trust or kind is not FileKind.DCP):
         raise BadFile(
             f"{path} is {kind.value}: weights without the model they belong to.",
             "Name the code that makes the model: --arch ./file.py:NAME.",

@@ -155,6 +155,9 @@ def _why_not_loaded(path: str | PathLike[str], error: Exception) -> tuple[str, s
         return cause, f"Load it where it was saved, or {SAVE_WEIGHTS}"
     name, module = missing.groups()
     if module.endswith("__main__"):  # under `python -m package` it is shown as package.__main__
-        return f"{path} needs the class {name} of the script that saved it.", f"Instead {SAVE_WEIGHTS}"
+        return (
+            f"{path} needs the class {name} of the script that saved it.",
+            f"Pass --arch SCRIPT.py:{name}, too, or {SAVE_WEIGHTS}",
+        )
     cause = f"{path} needs {module}.{name}, which the installed {module} lacks."
     return cause, f"Install the version it was saved with, or {SAVE_WEIGHTS}"

@@ -160,6 +160,30 @@ def test_weights_that_fit_in_two_places_are_refused(curv, task):
     assert said.code == 3 and "fit Net in 2 places: student., teacher." in said.err
 
 
+def test_a_model_pickled_by_a_script_finds_its_class_in_the_script_that_is_named(curv, task, monkeypatch):
+    net = other(task)
+    with monkeypatch.context() as patched:
+        patched.setattr(task.Net, "__module__", "__main__")
+        patched.setattr(sys.modules["__main__"], "Net", task.Net, raising=False)
+        torch.save(net, "whole.pt")
+    running = sys.modules["__main__"]
+    said = curv("trace", "whole.pt", *PARTS, "--trust")
+    assert said.code == 3 and said.err.splitlines()[-1].startswith("Pass --arch SCRIPT.py:Net, too, or ")
+    agrees(
+        curv("trace", "whole.pt", "--arch", "./task.py:Net", *PARTS, "--trust", "--format", "json"), exact(net, task)
+    )
+    assert sys.modules["__main__"] is running
+
+
+def test_all_that_is_missing_is_told_at_once(curv, task):
+    torch.save(task.Net().state_dict(), "weights.pt")
+    said = curv("trace", "weights.pt")
+    assert said.code == 2 and said.err.splitlines() == [
+        "curv: weights.pt says nothing about its architecture, loss and data.",
+        "Pass --arch, --loss and --data, or --objective ./file.py:NAME that returns a curvature.Objective.",
+    ]
+
+
 # Weights in several files
 
 

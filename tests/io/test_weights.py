@@ -539,7 +539,7 @@ def test_a_class_of_the_saving_script_is_told(tmp_path, monkeypatch):
         read_tensors(tmp_path / "m.pt")
     with pytest.raises(
         BadFile,
-        match=r"m\.pt needs the class Net of the script that saved it\. Instead use torch\.save\(",
+        match=r"m\.pt needs the class Net of the script that saved it\. Pass --arch SCRIPT\.py:Net, too, or use torch",
     ):
         load_trusted(tmp_path / "m.pt")
 
