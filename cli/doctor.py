@@ -49,7 +49,7 @@ def doctor(
     there are no second derivatives, 6 for numbers that are none, 7 when --command does not fit into memory.
 
     Examples: `curv doctor`; `curv doctor demo:hamlet --command "spectrum --probes 4 --steps 40"`;
-    `curv doctor weights.pt --arch ./net.py:Net --loss cross-entropy --data train.npz --format json`.
+    `curv doctor weights.pt --arch ./task.py:Net --loss cross-entropy --data train.npz --format json`.
 
     Parameters
     ----------
