@@ -222,6 +222,14 @@ def test_what_is_too_long_of_an_embedding_has_no_factor_and_other_axes_are_cut()
         state = rule.init(block)
         assert {name for name in state if name.startswith("gram")} == names
         assert sum(t.numel() for name, t in state.items() if name in names) == {"matrix": 2 * (100 + 16)}.get(role, 16)
+    for shape, own in (
+        ((65, 4), {"1"}),
+        ((64, 4), {"0", "1"}),
+        ((2, 3, 97), {"0", "1"}),
+        ((2, 3, 96), {"0", "1", "2"}),
+    ):
+        state = KroneckerRoots(max_dim=10, merge=1).init(Block(("0.weight",), (torch.zeros(shape),), "shape", "matrix"))
+        assert {name[-1] for name in state if name.startswith("gram")} == own
     small = Block(("w",), (torch.zeros(10, 4),), "shape", "head")
     assert "gram.0.0" in rule.init(small)
 

@@ -23,6 +23,7 @@ from curvature.optim.update import Graft, Momentum
 
 Method = Literal["eigh", "newton", "qr"]
 
+LONG = 16  # how many times as long as all others together an axis is that has no factor
 FAILURES = 3  # refreshes in a row that a matrix could not be decomposed, after which training has come to an end
 
 
@@ -47,9 +48,10 @@ class KroneckerRoots:
 
     A ridge of `eps` times its largest eigenvalue is added to each S_j. Roots are made by eigenvalues ("eigh"), by
     products alone ("newton", for whole 1/p), or of eigenvectors that are followed by a step of orthogonal iteration at
-    each refresh ("qr"). An axis longer than `max_dim` is cut into equal pieces, and tiles are treated apart; the first
-    axis of an embedding or an output layer that is so long has no factor. Axes after the first are read as one, from
-    the last on, while they have at most `merge` places.
+    each refresh ("qr"). An axis longer than `max_dim` is cut into equal pieces, and tiles are treated apart; it has no
+    factor if it is the first of an embedding or an output layer, or more than 16 times as long as all others together,
+    where those of the pieces would take many numbers for each parameter. Axes after the first are read as one, from the
+    last on, while they have at most `merge` places.
 
     Gupta, Koren & Singer 2018 (arXiv:1802.09568); Anil et al. 2020 (arXiv:2002.09018); Shi et al. 2023
     (arXiv:2309.06497).
@@ -136,8 +138,12 @@ class KroneckerRoots:
     def _axes(self, block: Block) -> list[int]:
         """The axes that have factors."""
         shape = axes(block, self.merge)
-        first = 1 if block.role in ("embedding", "head") and shape[0] > self.max_dim else 0
-        return list(range(first, len(shape)))
+
+        def left_out(axis: int, size: int) -> bool:
+            named = axis == 0 and block.role in ("embedding", "head")
+            return size > self.max_dim and (named or size**2 > LONG * prod(shape))
+
+        return [axis for axis, size in enumerate(shape) if not left_out(axis, size)]
 
     def _tiling(self, block: Block) -> Tiling:
         shape = axes(block, self.merge)
