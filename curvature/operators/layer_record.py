@@ -79,7 +79,7 @@ class LayerRecord:
         blocks = {}
         for name, sums in self._sums.items():
             layer = self.narrowed(name, grads)
-            if not layer.params or not sums:
+            if not layer.params or not sums or not self.terms:  # none where another than the model was called
                 continue
             own = _cut(sums, self.layers[name], layer)
             factor = proportion(layer.arranged(grads).to(own[GRADIENT]), own[GRADIENT], float(own[SIZE]))

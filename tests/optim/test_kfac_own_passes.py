@@ -239,6 +239,12 @@ def test_without_a_pass_of_the_model_or_with_that_of_another_it_says_what_to_do(
         p.grad = torch.ones_like(p)
     with pytest.raises(cv.NeedsEvidence, match="Call the model itself, and backward, between zero_grad"):
         optimizer.step()
+    net.zero_grad()
+    inside = nn.Sequential(net)
+    part = recorded(inside)
+    backward(net, batch)
+    with pytest.raises(cv.NeedsEvidence, match="No layer of the Sequential has the gradients"):
+        part.step()
     other = KFAC(net.named_parameters(), fisher="empirical", model=awkward())
     backward(net, batch)
     with pytest.raises(cv.NeedsEvidence, match="The Awkward given as model= has no parameter shift"):
