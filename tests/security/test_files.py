@@ -6,12 +6,12 @@ number of a case is that of its row. A row: how the file is made, the exit codes
  1-11  code in files of torch.save: at the top, nested, as a key, in the format before 1.6, in a whole module, in
        hyper-parameters, by other instructions than usual, and by functions that look harmless
 12-18  programs and folders that are code: TorchScript, .pt2, DCP, a saved objective, Hugging Face's `auto_map`
-19-27  zips: a bomb, cut, two members of one name, bytes that belong to none, without checksums, of other programs
+19-27  zips: a bomb of 1 GB, cut, two members of one name, bytes of none, without checksums, of other programs
 28-34  pickles that claim too much or nest too deep; tensors that are larger than what is stored of them
-35-46  safetensors and indices: eight wrong headers; names that lead out of the folder, or to code
+35-46  safetensors and indices: eight wrong headers; indices that lead out of the folder, in circles, or to code
 47-57  what is no model: pages, pointers, text, YAML, devices, pipes, loops of links, folders named like models
-58-64  Hugging Face and PEFT folders whose configuration claims, nests or points too far
-65-68  names with control characters and markup; numbers that are none
+58-65  Hugging Face and PEFT folders whose configuration claims, nests or points too far
+66-68  names with control characters and markup; numbers that are none
 
 Exit codes: 0 read as data (inspect lists code without running it), 3 unreadable, 4 refused as unsafe, 6 not finite,
 7 more memory than there is.
@@ -326,9 +326,9 @@ CASES = {
     "quantised folder": Case(lambda path: gpt(path, quantization_config={"bits": 4}), 0, 3, "quantised", alone=True),
     "code in a folder": Case(binary, 4, 4, "posix.system", alone=True),
     "adapter leads out": Case(adapter("../../../../etc"), 0, 3, "is an adapter of ../../../../etc", alone=True),
+    "an adapter of no name": Case(adapter(["x"]), 0, 3, "is an adapter of", alone=True),
     "names": Case(saved(lambda: {STRANGE: torch.ones(2), "0.weight": torch.ones(1)}), 0, 3, "\\x1b[31mred"),
     "names of layers": Case(saved(lambda: nn.Sequential(OrderedDict({"\x1b[1m": nn.Linear(2, 2)}))), 0, 3, "\\x1b[1m"),
-    "an adapter of no name": Case(adapter(["x"]), 0, 3, "is an adapter of", alone=True),
     "NaN": Case(saved(lambda: {**weights(), "2.bias": torch.tensor([1.0, torch.nan])}), 0, 6, "2.bias"),
 }  # fmt: skip
 
