@@ -57,6 +57,7 @@ COMMANDS = (
     "ihvp",
     "influence",
     "compare",
+    "optim",
     "report",
     "doctor",
     "inspect",

@@ -59,7 +59,7 @@ class Setting(Part):
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Comparison(Result):
     """The numbers that two results share, row by row, the `settings` in which they were measured differently, and the
-    two results; `labels` are what these are called. Rows are different at `level`, all of them together."""
+    two results; `labels` are what these are called. The cost is that of both. Rows are different at `level`, all of them together."""
 
     labels: tuple[str, ...]
     rows: tuple[Difference, ...]
@@ -84,18 +84,13 @@ class Comparison(Result):
         titles = *self.labels, f"{self.labels[1]} - {self.labels[0]}"
         head = "  ".join(f"{title:<{width}}" for title, width in zip(titles, WIDTHS, strict=True))
         tested = sum(row.p is not None for row in self.rows)
-        return {
-            "number": head,
-            **{row.name: str(row) for row in self.rows},
-            "different": f"{len(self.different)} of {tested} numbers, at {100 * self.level:g} % for all together (Holm)",
-            **(
-                {"seed": f"{seed} in both: of alike models errors cancel, and more is different than is said"}
-                if (seed := self._shared_seed) is not None
-                else {}
-            ),
-            **({"left out": f"{listing(self.left_out)}: in one result only"} if self.left_out else {}),
-            **{f"other {setting.name}": f"{setting.first} | {setting.second}" for setting in self.settings},
-        }
+        share = f"{len(self.different)} of {tested} numbers, at {100 * self.level:g} % for all together (Holm)"
+        rows = {"number": head, **{row.name: str(row) for row in self.rows}, "different": share}
+        if (seed := self._shared_seed) is not None:
+            rows["seed"] = f"{seed} in both: of alike models errors cancel, and more is different than is said"
+        if self.left_out:
+            rows["left out"] = f"{listing(self.left_out)}: in one result only"
+        return rows | {f"other {setting.name}": f"{setting.first} | {setting.second}" for setting in self.settings}
 
     def quantities(self) -> dict[str, Quantity]:
         return {row.name: row.quantity for row in self.rows}
@@ -179,8 +174,18 @@ def compare(
         level=level,
         left_out=tuple(sorted(own.keys() ^ others.keys())),
         complete=first.complete and second.complete,
-        cost=Cost(),
+        cost=_both(first.cost, second.cost),
         origin=Origin(question="compare", options={"level": level, "labels": list(labels)}, seed=None, operator=both),
+    )
+
+
+def _both(first: Cost, second: Cost) -> Cost:
+    """What two measurements took together."""
+    return Cost(
+        products=first.products + second.products,
+        passes=first.passes + second.passes,
+        seconds=first.seconds + second.seconds,
+        peak_bytes=max(first.peak_bytes, second.peak_bytes),
     )
 
 

@@ -79,6 +79,7 @@ KINDS = {
     "sharpness": lambda: cv.sharpness(SMALL, measures=("trace", "sam", "filter"), invariance=True),
     "trajectory": lambda: cv.trajectory(SMALL, torch.eye(SMALL.space.size).double()[:4].cumsum(0)),
     "comparison": lambda: cv.compare(*(cv.trace(free(MATRIX), products=20, seed=seed) for seed in (1, 2))),
+    "benchmark": lambda: cv.optim.benchmark(SMALL, ["sgd"], lrs=[0.01], steps=2, repeats=1),
     "pruning": lambda: cv.prune(SMALL, cv.identity(SMALL.space), sparsity=0.5),
     "mask": lambda: cv.fish_mask(SMALL, 0.2),
     "recycled solution": lambda: cv.solve(

@@ -101,6 +101,10 @@ class Batches:
         sizes = [leading(batch) or 1 for batch in self]
         return len(sizes), sum(sizes)
 
+    def at_most(self, examples: int) -> Batches:
+        """The same examples, at most so many in a batch."""
+        return replace(self, source=_AtMost(self, examples), cut=False)
+
     def separate(self) -> Iterator[Batches]:
         """Every batch by itself."""
         for index, batch in enumerate(self):
@@ -139,14 +143,31 @@ class _First:
             left -= length
 
 
+@dataclass(frozen=True)
+class _AtMost:
+    batches: Batches
+    examples: int
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            length = leading(batch)
+            for start in range(0, length or 1, self.examples):
+                yield part(batch, start, start + self.examples)
+
+
 def shortened(batch: Any, kept: int) -> Any:
     """The first `kept` examples of a batch; what has no axis of its length belongs to no example."""
+    return part(batch, 0, kept)
+
+
+def part(batch: Any, start: int, stop: int) -> Any:
+    """Some examples of a batch; what has no axis of its length belongs to no example."""
     length = leading(batch)
-    if length is None or length <= kept:
+    if length is None or (start == 0 and length <= stop):
         return batch
 
     def cut(leaf: Any) -> Any:
-        return leaf[:kept] if _has_axis(leaf) and len(leaf) == length and not _is_sparse(leaf) else leaf
+        return leaf[start:stop] if _has_axis(leaf) and len(leaf) == length and not _is_sparse(leaf) else leaf
 
     return mapped(cut, batch)
 

@@ -1,5 +1,8 @@
 """Optimizers that multiply gradients by the inverse of a curvature matrix."""
 
+from curvature.optim.benchmark import Benchmark as Benchmark
+from curvature.optim.benchmark import benchmark as benchmark
+from curvature.optim.benchmark import restarted as restarted
 from curvature.optim.control import Armijo as Armijo
 from curvature.optim.control import Fixed as Fixed
 from curvature.optim.control import LevenbergMarquardt as LevenbergMarquardt

@@ -18,6 +18,7 @@ from curvature.io.files import write_atomically
 from curvature.linalg.eigenpairs import Eigenpairs
 from curvature.linalg.spectrum import SpectralDensity
 from curvature.operators.by_layer import ByLayer
+from curvature.optim.benchmark import Benchmark
 from curvature.plots.style import SIZE, new_axes
 from curvature.probes.landscape import Landscape
 from curvature.probes.path import Path as PathResult
@@ -167,6 +168,13 @@ def _(result: GradientShare, ax: Axes | None = None, **style: Any) -> Axes:
     from curvature.plots.training import draw_share
 
     return draw_share(result, new_axes() if ax is None else ax, **style)
+
+
+@plot.register(Benchmark)
+def _(result: Benchmark, ax: Axes | None = None, **style: Any) -> Axes:
+    from curvature.plots.benchmark import draw_benchmark
+
+    return draw_benchmark(result, new_axes() if ax is None else ax, **style)
 
 
 def interactive(result: Landscape) -> PlotlyFigure:
