@@ -347,7 +347,7 @@ def _wrong(how: str, examination: Examination) -> BadObjective:
     cause = f"Second derivatives are wrong: {how}"
     if custom := examination.replay().custom():
         fix = (
-            "Make that backward differentiable: save tensors with ctx.save_for_backward, stay in torch, detach nothing."
+            "Make that autograd Function twice differentiable: ctx.save_for_backward, torch's operations, no detach()."
         )
         return BadObjective(f"{cause}. Not torch's own is {listing(custom, 3)}.", fix)
     if examination.written:

@@ -187,14 +187,14 @@ def of_spectral_norm(norm: Callable[[nn.Module], nn.Module]) -> Callable[[], cv.
 
 ILL: dict[str, tuple[Callable[[], cv.Objective], str, str, str]] = {  # objective, finding, what is seen, fix
     "once_differentiable": (layer(lambda: Custom(OnceDifferentiable)), "graph", r"OnceDifferentiable in middle \(Custom\)", "custom autograd Function"),
-    "detaching backward": (layer(lambda: Custom(Detaching)), "difference", r"off the finite difference.*Detaching in middle \(Custom\)", "detach nothing"),
-    "NumPy backward": (layer(lambda: Custom(InNumPy)), "difference", r"InNumPy in middle \(Custom\)", "stay in torch"),
+    "detaching backward": (layer(lambda: Custom(Detaching)), "difference", r"off the finite difference.*Detaching in middle \(Custom\)", "no detach()"),
+    "NumPy backward": (layer(lambda: Custom(InNumPy)), "difference", r"InNumPy in middle \(Custom\)", "torch's operations"),
     "spectral_norm, training": (of_spectral_norm(nn.utils.parametrizations.spectral_norm), "difference", "middle.parametrizations.weight.0._u", "mode='eval'"),
     "old spectral_norm, training": (of_spectral_norm(nn.utils.spectral_norm), "difference", "middle.weight_u", "mode='eval'"),
     "ctc_loss": (bare(lambda o, y: F.ctc_loss(o.log_softmax(1)[:, None], y[None, :1] + 1, [12], [1])), "graph", "CtcLoss in the loss", "plain torch"),
     "multilabel_margin_loss": (bare(lambda o, y: F.multilabel_margin_loss(o, y[:, None].expand(-1, 3))), "graph", "MultilabelMarginLoss in the loss", "plain torch"),
     "flex_attention": (between(attend, 1, 4, 16, width=64), "gradient", r"FlexAttention does not support backward on CPU.*in the model \(Between\)", "another attention"),
-    "in-place sigmoid": (layer(ChangingItsOutput), "gradient", r"inplace operation, in middle \(ChangingItsOutput\)", "x = x \\+ 1"),
+    "in-place sigmoid": (layer(ChangingItsOutput), "gradient", r"inplace operation, in middle \(ChangingItsOutput\)", "x = x + 1"),
     "no_grad forward": (lambda: classifier(Silent()), "gradient", r"no gradient goes through inner \(Linear\)", "without no_grad"),
     "argmax": (bare(lambda o, y: (o.argmax(1) == y).float().mean()), "gradient", "does not depend on the selected parameters: no gradient goes through the loss", "argmax"),
     "weight_norm in TorchScript": (scripted_weight_norm, "graph", "weight_norm inside TorchScript", "eager model"),
@@ -234,7 +234,7 @@ def test_what_is_ill_is_found_with_its_place_and_a_fix(name, monkeypatch):
     assert failure.name == place and not diagnosis.healthy
     with pytest.raises(cv.CurvatureError, match=seen) as caught:
         raise getattr(cv, failure.error)(failure.seen, failure.fix)
-    assert torch.tensor([word in failure.fix for word in fix.replace("\\", "").split("|")]).any()
+    assert fix in failure.fix
     later = diagnosis.findings[diagnosis.findings.index(failure) + 1 :]
     assert all(finding.status == "skipped" and f"{place} failed" in finding.seen for finding in later)
     assert diagnosis.cost.products <= 10 and len(passes) <= 24
