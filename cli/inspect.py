@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from .options import Format
+from .options import Config, Format
 
 SHOWN = 40  # tensors listed in the table; JSON has all
 
 
-def inspect(model: str, /, *, format: Format = "human") -> None:
+def inspect(model: str, /, *, format: Format = "human", config: Config = None) -> None:
     """What a model file is: its kind, tensors, parameters, non-finite values, and the code it would run.
 
     Examples: `curv inspect model.pt`; `curv inspect model.safetensors --format json`.
@@ -19,8 +19,6 @@ def inspect(model: str, /, *, format: Format = "human") -> None:
     ----------
     model
         A file, a folder, or demo:NAME.
-    format
-        A table, JSON, or nothing (the exit code alone tells whether it can be read).
     """
     facts = _facts(model)
     if format == "json":

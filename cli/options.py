@@ -40,7 +40,14 @@ Format = Annotated[
     Literal["human", "json", "quiet"],
     Parameter(group=OUTPUT, help="What standard output gets: a table, JSON, or nothing."),
 ]
-Config = Annotated[Path | None, Parameter(name=("--config", "-C"), group=OUTPUT)]
+Config = Annotated[
+    Path | None,
+    Parameter(
+        name=("--config", "-C"),
+        group=OUTPUT,
+        help="A TOML file of defaults, in place of ./curv.toml or [tool.curv] in ./pyproject.toml.",
+    ),
+]
 
 SECONDS = {"s": 1, "m": 60, "h": 3600}
 
@@ -181,6 +188,5 @@ class Output:
     debug: Annotated[bool, Parameter(negative=())] = False
     "Show the traceback of an error."
     config: Config = None
-    "A TOML file of defaults, in place of ./curv.toml or [tool.curv] in ./pyproject.toml."
     fail_on: Annotated[tuple[str, ...], Parameter(group=GATES, negative=(), show_default=False)] = ()
     "End with exit code 10 where this holds, as 'lambda_max > 100', with >, >=, < or <=; may be repeated."
