@@ -335,7 +335,7 @@ class Huberish:
         (cv.CrossEntropy, "CrossEntropy is no loss"),
         (None, "NoneType is no loss"),
     ],
-    ids=str,
+    ids=lambda part: getattr(part, "__name__", str(part)),
 )
 def test_what_is_no_loss(loss, words):
     with pytest.raises(cv.BadObjective, match=words):
