@@ -101,6 +101,7 @@ CASES = [
             ({"lr": -1.0}, "lr is 0 or more"),
             ({"steps": 0}, "steps is 1 or more, but got 0"),
             ({"match": "adam"}, "match is rms, spectral or none, but got adam"),
+            ({"roles": {"*": "layer"}}, "roles are matrix, embedding, head, vector, scalar, but got layer"),
         ),
     ),
     OptimizerCase(
@@ -174,7 +175,8 @@ CASES = [
         {"damping": 1e-3, "window": 16},
         skips=WINDOW,
         invalid=(
-            ({"window": 0}, "window is 1 or more, but got 0"),
+            ({"window": 0}, "window is a whole number, 1 or more, but got 0"),
+            ({"window": 2.5}, "window is a whole number, 1 or more, but got 2.5"),
             ({"damping": 0.0}, "damping is above 0, but got 0"),
         ),
     ),

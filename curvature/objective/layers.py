@@ -29,7 +29,7 @@ class Call(NamedTuple):
 def layer_tape(modules: Mapping[str, tuple[nn.Module, Capture]]) -> Iterator[dict[str, list[Call]]]:
     """Yields the calls of each module, by name, that are made while the context lasts: none, one or several.
 
-    Calls without a tensor as argument and as result, or outside the graph, are not seen.
+    Calls without a tensor as argument and as result, outside the graph, or inside a transform, are not seen.
     """
     calls: dict[str, list[Call]] = {name: [] for name in modules}
     with ExitStack() as hooks:
@@ -42,7 +42,7 @@ def layer_tape(modules: Mapping[str, tuple[nn.Module, Capture]]) -> Iterator[dic
 def _recorder(calls: list[Call], capture: Capture) -> Callable[..., Tensor | None]:
     def record(module: nn.Module, args: tuple, kwargs: dict, output: object) -> Tensor | None:
         given = argument(args, kwargs)
-        if given is None or not isinstance(output, Tensor) or not output.requires_grad:
+        if given is None or not isinstance(output, Tensor) or not output.requires_grad or inside_transform(output):
             return None
         kept, output = captured(capture, module, given), whole(output)
         calls.append(Call(kept, get_gradient_edge(output), output.shape))
@@ -54,6 +54,11 @@ def _recorder(calls: list[Call], capture: Capture) -> Callable[..., Tensor | Non
 def argument(args: tuple, kwargs: dict) -> Tensor | None:
     """The first tensor that a module was called with."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+def inside_transform(output: Tensor) -> bool:
+    """Whether a tensor is one of torch.func.vmap, grad or the like, and means nothing outside."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(output)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def captured(capture: Capture, module: nn.Module, input: Tensor) -> Tensor | None:

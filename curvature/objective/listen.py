@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from curvature.errors import BadObjective
 from curvature.objective.function import tensor_of
-from curvature.objective.layers import Capture, argument, captured, whole
+from curvature.objective.layers import Capture, argument, captured, inside_transform, whole
 
 
 class Listener(Protocol):
@@ -57,7 +57,7 @@ class _Told:
                 _heard(tensor_of(output), partial(listener.take, None, None))
             return None
         given = argument(args, kwargs)
-        if given is None or not isinstance(output, Tensor) or not output.requires_grad:
+        if given is None or not isinstance(output, Tensor) or not output.requires_grad or inside_transform(output):
             return None
         output = whole(output)
         _heard(output, partial(listener.take, self.name, captured(self.capture, module, given)))

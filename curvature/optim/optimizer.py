@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -95,6 +95,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         self.preconditioner, self.momentum, self.control = preconditioner, momentum, control
         self.finish, self.fallback = tuple(finish), fallback
         self.roles: dict[str, Role] = dict(roles or {})
+        if unknown := set(self.roles.values()) - set(get_args(Role)):
+            raise ValueError(f"roles are {', '.join(get_args(Role))}, but got {', '.join(map(str, unknown))}.")
         self.seed = seed
         self._slabs: list[Slab] = []  # this and the next change in place: Lightning's wrapper has the same lists
         self._observed: list[Objective] = []

@@ -15,6 +15,7 @@ import curvature as cv
 from curvature.linalg.window import GradientWindow
 from curvature.optim.control import LevenbergMarquardt
 from curvature.optim.rules.gauss_newton import EGN
+from curvature.optim.rules.kfac import KFAC
 
 NAMES = ("classifier", "regression", "convolution", "tokens", "tied-head", "binary", "counts")
 
@@ -120,6 +121,28 @@ def test_a_batch_that_is_not_finite_moves_nothing_and_does_not_stay_in_the_momen
     assert torch.equal(flat(case.module), before)
     optimizer.step(objective=case.objective())
     assert flat(case.module).isfinite().all() and not torch.equal(flat(case.module), before)
+
+
+@pytest.mark.parametrize("kind", [EGN, KFAC])
+def test_layers_that_are_called_inside_a_transform_are_followed_another_way(kind):
+    """As derivatives in the inputs are, of solutions of differential equations: tensors there mean nothing outside."""
+
+    class Slope(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.func.vmap(torch.func.grad(lambda x: self.net(x).sum()))(x)
+
+    torch.manual_seed(0)
+    net, batch = Slope().double(), (torch.linspace(0, 1, 6).double()[:, None], torch.ones(6, 1).double())
+    objective = cv.Objective.of(net, "mse", [batch])
+    G = cv.ggn(objective).dense()
+    expected = torch.linalg.inv((G if kind is EGN else G.diagonal().diag()) + 0.1 * torch.eye(len(G)).double())
+    optimizer = kind(net.parameters(), 0.0, damping=0.1, **({} if kind is EGN else {"fisher": "type-2"}))
+    optimizer.step(objective=objective)
+    torch.testing.assert_close(optimizer.operator().dense(), expected, rtol=1e-8, atol=1e-9)
 
 
 def test_its_matrix_stays_that_of_the_last_step():

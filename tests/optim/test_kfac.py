@@ -162,6 +162,16 @@ def test_of_deep_linear_networks_it_has_the_blocks_of_the_gauss_newton_matrix(ki
     torch.testing.assert_close(optimizer.operator().dense(), expected, rtol=1e-10, atol=1e-12)
 
 
+@BOTH
+def test_the_regulariser_is_part_of_the_curvature(kind):
+    """A step of a linear model with weights that are penalised is the solution of ridge regression."""
+    net, (x, y) = nn.Linear(4, 3, bias=False).double(), data((4, 3), "mse")
+    kind(net.parameters(), damping=1e-12, **NEWTON).step(objective=cv.Objective.of(net, "mse", [(x, y)], l2=0.3))
+    A = x.T @ x * 2 / y.numel() + 0.3 * torch.eye(4).double()
+    expected = torch.linalg.solve(A, x.T @ y * 2 / y.numel())
+    torch.testing.assert_close(net.weight.detach().T, expected, rtol=1e-8, atol=1e-9)
+
+
 class Turned(nn.Module):
     """tanh(B^-1 W C^-1 x) times V: with the weight B W C the same function."""
 

@@ -28,7 +28,7 @@ Match = Literal["adam", "kl", "none"]
 
 FAILURES = 3  # decompositions in a row, after which training has come to an end
 WHOLE = "block."  # how names of the state begin, and, for a layer or a parameter of that NAME, end
-SEEN, FAILED, PLACES = WHOLE + "seen", WHOLE + "failed", WHOLE + "places"
+SEEN, FAILED, PLACES, L2 = WHOLE + "seen", WHOLE + "failed", WHOLE + "places", WHOLE + "l2"
 LEFT, RIGHT, SQUARE, MOMENTS = ".left", ".right", ".square", ".moments"
 VALUES, VECTORS = ".values", ".vectors"
 
@@ -36,7 +36,7 @@ VALUES, VECTORS = ".values", ".vectors"
 @dataclass(frozen=True)
 class KroneckerFisher:
     """(F + damping I)^-1, where F is L ⊗ R for every layer, L = E[g g^T] and R = E[a a^T] as `kfac` has them, and a
-    diagonal for parameters without a layer.
+    diagonal for parameters without a layer. The l2 of the objective is more damping.
 
     Factors are averages over the mini-batches of every `collect` steps, the k-th with the weight max(1/k, 1 - beta).
     They are decomposed every `refresh` steps, and when there have been 1, 2, 4, ... mini-batches: those of the first
@@ -85,7 +85,7 @@ class KroneckerFisher:
         return None
 
     def init(self, block: Block) -> State:
-        return {name: torch.zeros(1, dtype=torch.float64, device=block.space.device) for name in (SEEN, FAILED)}
+        return {name: torch.zeros(1, dtype=torch.float64, device=block.space.device) for name in (SEEN, FAILED, L2)}
 
     def update(self, state: State, block: Block, evidence: Evidence, due: bool) -> None:
         seen = self._seen(state, block, evidence, due)
@@ -114,13 +114,15 @@ class KroneckerFisher:
             return _recorded(self.record, block, evidence, PLACES in state) if seen else None
         if not due or evidence.objective is None:
             return None
+        state[L2].fill_(evidence.objective.l2)
         F = kfac(evidence.objective, fisher=self.fisher, sharing=self.sharing, seed=evidence.seed)
         return _statistics(F)
 
     def operator(self, state: State, block: Block, evidence: Evidence, damping: float | None) -> LinearOperator:
         if PLACES not in state:  # statistics were not finite yet
             return Diagonal(block.zeros(), psd=True)
-        shift = self.damping if damping is None else damping
+        damping = self.damping if damping is None else damping
+        shift = damping + state[L2].to(block.dtype)
         blocks: dict[str, LinearOperator] = {}
         for name in _named(state, LEFT):
             if self.corrected:
@@ -131,7 +133,7 @@ class KroneckerFisher:
         for name in _named(state, SQUARE):
             blocks[name] = Diagonal((state[WHOLE + name + SQUARE] + shift).reciprocal_(), psd=True)
         places = Places(zip(blocks, state[PLACES].split([A.shape[0] for A in blocks.values()]), strict=True))
-        return BlockDiagonal(blocks, places, block.space, source={"operator": "inverse of kfac", "damping": shift})
+        return BlockDiagonal(blocks, places, block.space, source={"operator": "inverse of kfac", "damping": damping})
 
 
 def _average(state: State, fresh: State, weight: float) -> None:
@@ -236,7 +238,7 @@ def _bases(state: State, name: str) -> Bases:
     return state.get(WHOLE + name + LEFT + VECTORS), state.get(WHOLE + name + RIGHT + VECTORS)
 
 
-def _products(state: State, name: str, damping: float, factored: bool) -> Tensor:
+def _products(state: State, name: str, damping: Tensor, factored: bool) -> Tensor:
     """The damped eigenvalues l_i r_j of a layer; those that rounding made negative are zero."""
     left, right = (
         state.get(key + VALUES, state[key]).clamp(min=0) for key in (WHOLE + name + LEFT, WHOLE + name + RIGHT)
@@ -295,9 +297,9 @@ class KFAC(PreconditionedOptimizer):
     Every `collect` steps it needs the mini-batch, `step(objective=Objective.of(model, loss, [batch]))`, which goes
     through the model once more; `fisher` and `sharing` are as in `kfac`. Factors are decomposed every `every` steps.
     They do not depend on how many examples a mini-batch has, and neither does `damping`, in units of curvature of the
-    mean loss. Layers that are tied, or used outside their modules, get the diagonal of the Fisher matrix, as all
-    parameters without a layer. `factored` damps each factor, as published, which is more than `damping` in all, and
-    otherwise the product.
+    mean loss, to which its l2 is added. Layers that are tied, or used outside their modules, get the diagonal of the
+    Fisher matrix, as all parameters without a layer. `factored` damps each factor, as published, which is more than
+    `damping` in all, and otherwise the product.
 
     With fisher="empirical", `model` may be given, and then no mini-batch: every `collect` steps layers are recorded in
     your own passes, of `model(x)`, not compiled, and `backward`. Terms are counted by the gradients of its outputs:

@@ -124,8 +124,8 @@ def _name(name: str) -> str:
 
 
 def _check(rule: WindowFisher) -> None:
-    if rule.window < 1:
-        raise ValueError(f"window is 1 or more, but got {rule.window}.")
+    if rule.window < 1 or rule.window != int(rule.window):
+        raise ValueError(f"window is a whole number, 1 or more, but got {rule.window}.")
     if not rule.damping > 0:
         raise ValueError(f"damping is above 0, but got {rule.damping}.")
 
