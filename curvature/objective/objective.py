@@ -181,8 +181,13 @@ class Objective:
         def term(batch: Any) -> Tensor:
             return self.total(self.params, batch).detach().double()  # no_grad would break losses with input derivatives
 
-        square = sum(float(p.double().square().sum()) for p in self.params.values()) if self.l2 else 0.0
-        return float(self.average(term)) + self.l2 / 2 * square
+        return float(self.average(term) + self.penalty(self.position))
+
+    def penalty(self, rows: Float[Tensor, "*k n"]) -> Float[Tensor, "*k"]:
+        """l2/2 |row|^2 for each row, in float64."""
+        if not self.l2:
+            return torch.zeros(rows.shape[:-1], dtype=torch.float64, device=rows.device)
+        return self.l2 / 2 * rows.double().square().sum(-1)
 
     def gradient(self) -> Float[Tensor, " n"]:
         """The gradient of L at the parameters, flat."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -21,8 +21,8 @@ from curvature.objective.losses import accuracy_of
 from curvature.objective.objective import Objective
 from curvature.objective.passes import Passes, Sums
 from curvature.objective.work import work_on
-from curvature.operators.engine import budget_of
-from curvature.probes.together import Program, Share, fastest, joined, one_by_one
+from curvature.probes.programs import Program
+from curvature.probes.together import Together
 from curvature.progress import Run
 
 Norm = Literal["frozen", "recalibrated", "batch"]
@@ -61,10 +61,10 @@ class Points:
     def __call__(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k m"]:
         """The values at each row, in float64."""
         space = self.objective.space
-        rows = rows.to(space.device, space.dtype)
+        rows = rows.to(space.device, space.dtype).contiguous()
         if self.recalibrated:
-            return torch.cat([self._at(row, [passes.objective for passes in self._passes]) for row in rows])
-        return torch.cat([self._values(passes, rows) for passes in self._passes], dim=1)
+            return torch.cat([self._at(row, [each.objective for each in self._together]) for row in rows])
+        return torch.cat([self._means(*each(rows), rows) for each in self._together], dim=1)
 
     def alone(self, row: Float[Tensor, " n"]) -> Float[Tensor, "1 m"]:
         """Those at one point, computed as the value of the objective is."""
@@ -85,37 +85,37 @@ class Points:
         step = max(1, min(AT_ONCE, BLOCK // self.objective.space.size))
         for start in range(0, len(found), step):
             some = slice(start, min(start + step, len(found)))
+            for each in self._together:
+                each.expect(len(found) - start)
             found[some] = work.piece(lambda some=some: {"values": self(rows(some))})["values"].cpu()
             work.report(some.stop, len(found), unit="points")
 
     @cached_property
-    def _passes(self) -> list[Passes]:
-        """Over the data of all objectives, for many points."""
-        budget = budget_of("auto", self.objective.space.device)
-        fewer = [joined(objective, self._program) for objective in (self.objective, *self.others)]
-        return [Passes(objective, partial(self._share, objective), budget=budget) for objective in fewer]
+    def _together(self) -> list[Together]:
+        """The objectives, made for many points."""
+        return [Together(objective, self._program(objective)) for objective in (self.objective, *self.others)]
 
     def _at(self, row: Float[Tensor, " n"], objectives: list[Objective]) -> Float[Tensor, "1 m"]:
         """The values of these objectives at one point."""
         if self.recalibrated:
             fresh = statistics(self.objective, row)
             objectives = [replace(o, buffers={**o.buffers, **fresh}) for o in objectives]
+        return torch.cat([self._alone(objective, row) for objective in objectives], dim=1)
 
-        def share(objective: Objective, index: int, batch: Any) -> Share:
-            return one_by_one(objective, index, self._program(objective, batch))
+    def _alone(self, objective: Objective, row: Float[Tensor, " n"]) -> Float[Tensor, "1 m"]:
+        program = self._program(objective)
+        sums, terms = Passes(objective).total(lambda batch: program(row, batch).detach().double())
+        return self._means(sums[None], terms, row[None])
 
-        return torch.cat([self._values(Passes(o, partial(share, o)), row[None]) for o in objectives], dim=1)
-
-    def _values(self, passes: Passes, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k m"]:
-        sums, terms = passes.total(lambda share: share(rows))
-        loss = sums[:, 0] / terms + passes.objective.l2 / 2 * rows.double().square().sum(1)
+    def _means(self, sums: Float[Tensor, "k s"], terms: float, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k m"]:
+        loss = sums[:, 0] / terms + self.objective.penalty(rows)
         return torch.stack([loss, *([] if self.right is None else [sums[:, 1] / sums[:, 2]])], dim=1)
 
-    def _program(self, objective: Objective, batch: Any) -> Program:
+    def _program(self, objective: Objective) -> Program:
         """The loss summed over the terms of a batch, right answers and all, at one point."""
         named, right = objective.space.named, self.right
 
-        def program(row: Float[Tensor, " n"]) -> Float[Tensor, " s"]:
+        def program(row: Float[Tensor, " n"], batch: Any) -> Float[Tensor, " s"]:
             if right is None:
                 return objective.total(named(row), batch).reshape(1)
             outputs, targets = objective.outputs(named(row), batch)
@@ -123,9 +123,6 @@ class Points:
             return torch.stack([total, *(count.to(total.dtype) for count in right(outputs, targets))])
 
         return program
-
-    def _share(self, objective: Objective, index: int, batch: Any) -> Share:
-        return fastest(objective, index, self._program(objective, batch))
 
 
 def statistics(objective: Objective, row: Float[Tensor, " n"]) -> dict[str, Tensor]:

@@ -10,33 +10,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from curvature.objective.batches import leading, moved
 from curvature.objective.objective import Objective
 from curvature.objective.passes import Passes
-from curvature.operators.engine import SMALL, vmapped
+from curvature.operators.engine import SMALL, budget_of, vmapped
+from curvature.probes.programs import Bare, Program, Settling, fused, generic
 
-T = TypeVar("T")
-Program = Callable[[Tensor], Tensor]  # a point (n,) -> sums over the terms of a batch, (s,)
 Share = Callable[[Tensor], Tensor]  # points (k, n) -> (k, s), in float64
-Programs = Callable[[Objective, Any], Program]  # of a batch
 
-TOGETHER = 4  # times as large as SMALL: the largest tensors of batches made one, and of points together
-PATIENCE = 1024  # points one by one until their operations are traced: by then their layers took as long as tracing
+TOGETHER = 2  # times as large as SMALL: the largest tensors of batches made one, and of points together
+PATIENCE = 128  # calls for one point until they are traced
+STACKED = 32  # and calls for several, of which each takes vmap as long as four
 
 
-def joined(objective: Objective, programs: Programs) -> Objective:
+def joined(objective: Objective, program: Program) -> Objective:
     """The same function of the same data in fewer batches, in which tensors are as large as is fast.
 
     The objective itself where a batch is that large, in "train" mode, whose normalisations see batches, and where the
@@ -50,7 +45,7 @@ def joined(objective: Objective, programs: Programs) -> Objective:
 
     def largest(batch: Any) -> int:
         with Sizes() as sizes:
-            programs(objective, batch)(point)
+            program(point, batch)
         return sizes.largest
 
     sizes = Passes(objective.first(length)).each(largest)
@@ -60,7 +55,7 @@ def joined(objective: Objective, programs: Programs) -> Objective:
     some = objective.first(count * length)
 
     def total(objective: Objective) -> tuple[Tensor, float]:
-        return Passes(objective).total(lambda batch: programs(objective, batch)(point).detach().double())
+        return Passes(objective).total(lambda batch: program(point, batch).detach().double())
 
     with suppress(Exception):  # models and losses can raise anything
         (apart, terms), (one, same) = total(some), total(_fewer(some, count))
@@ -69,89 +64,61 @@ def joined(objective: Objective, programs: Programs) -> Objective:
     return objective
 
 
-def fastest(objective: Objective, index: int, program: Program) -> Share:
-    """Many points at once where torch can, with the program as it is written or else without its autograd; one by one
-    where convolutions would have several weights at once, which is slow."""
-    point = generic(objective)
-    with Sizes() as sizes, objective.randomness(index):
-        alone = program(point).detach()
-    most = bound(objective) // max(1, sizes.largest)
-    if most > 1 and not sizes.convolutions:
-        for make in (lambda: program, lambda: traced(program, objective.position)):
-            with suppress(Exception), objective.randomness(index):  # what neither vmap nor the tracer can do
-                stacked = partial(_stacked, make())
-                if alike(stacked(point[None])[0], alone, objective.space.dtype):
-                    return _by_parts(objective, index, stacked, most)
-    return _by_parts(objective, index, _Settling(objective, index, fused(program)), 1)
+class Together:
+    """What a program makes of all data of an objective, at many points.
+
+    Many points at once where torch can, with the program as it is written or else as its operations; one by one where
+    tensors are large, and where layers are slow with several weights at once.
+    """
+
+    def __init__(self, objective: Objective, program: Program) -> None:
+        self.objective, self.program = joined(objective, program), program
+        self.stacked = [Settling(self.objective, _stacked(each), STACKED) for each in (program, Bare(program))]
+        self.single = Settling(self.objective, _single(fused(program)), PATIENCE)
+        self.passes = Passes(self.objective, self._share, budget=budget_of("auto", objective.space.device))
+
+    def __call__(self, rows: Float[Tensor, "k n"]) -> tuple[Float[Tensor, "k s"], float]:
+        """The sums over all terms at each point, in float64, and the number of terms."""
+        return self.passes.total(lambda share: share(rows))
+
+    def expect(self, count: int) -> None:
+        """So many points are to come."""
+        for settling in (*self.stacked, self.single):
+            settling.ahead = count
+
+    def _share(self, index: int, batch: Any) -> Share:
+        """That of a batch."""
+        point = generic(self.objective)
+        with Sizes() as sizes, self.objective.randomness(index):
+            alone = self.program(point, batch).detach()
+        most = bound(self.objective) // max(1, sizes.largest)
+        if most > 1 and not sizes.slow:
+            for settling in self.stacked:
+                with suppress(Exception), self.objective.randomness(index):  # what neither vmap nor the tracer can do
+                    if alike(settling.program(point[None], batch)[0], alone, self.objective.space.dtype):
+                        return _by_parts(settling.on(index, batch), most)
+        return _by_parts(self.single.on(index, batch), 1)
 
 
-def one_by_one(objective: Objective, index: int, program: Program) -> Share:
-    return _by_parts(objective, index, lambda rows: program(rows[0]).unsqueeze(0), 1)
+def _stacked(program: Program) -> Program:
+    return lambda rows, batch: vmapped(lambda row: program(row, batch), rows, len(rows), strict=True)
 
 
-def traced(program: Program, row: Float[Tensor, " n"]) -> Program:
-    """The operations that the program does, without its layers and its autograd."""
-    with _NothingRead():
-        return make_fx(program)(row)
+def _single(program: Program) -> Program:
+    return lambda rows, batch: program(rows[0], batch).unsqueeze(0)
 
 
-def fused(program: Program) -> Program:
-    """The same with torch's own batch normalisation."""
-
-    def fast(row: Float[Tensor, " n"]) -> Float[Tensor, " s"]:
-        with _OwnNormalisation():
-            return program(row)
-
-    return fast
-
-
-def _stacked(program: Program, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k s"]:
-    return vmapped(program, rows, len(rows), strict=True)
-
-
-@dataclass
-class _Settling:
-    """A program of one point, and after PATIENCE points the operations that it comes to, if they make the same bits: in
-    small networks the layers' own code takes as long."""
-
-    objective: Objective
-    index: int
-    program: Program
-    done: int = 0
-
-    def __call__(self, rows: Float[Tensor, "1 n"]) -> Float[Tensor, "1 s"]:
-        self.done += 1
-        if self.done == PATIENCE:
-            with suppress(Exception):  # no tracer can follow everything
-                operations = self._fresh(lambda row: traced(self.program, row), self.objective.position)
-                point = generic(self.objective)
-                if torch.equal(self._fresh(operations, point), self._fresh(self.program, point)):
-                    self.program = operations
-        return self.program(rows[0]).unsqueeze(0)
-
-    def _fresh(self, function: Callable[[Tensor], T], row: Float[Tensor, " n"]) -> T:
-        """`function(row)` from the random state of the batch."""
-        with self.objective.randomness(self.index):
-            return function(row)
-
-
-def _by_parts(objective: Objective, index: int, compute: Callable[[Tensor], Tensor], most: int) -> Share:
-    """So many points at once, as evenly as can be, each part from the random state of the batch."""
+def _by_parts(compute: Callable[[Tensor], Tensor], most: int) -> Share:
+    """So many points at once at most; the last of equal parts is filled up with its last point, so that operations are
+    those of the others."""
 
     def share(rows: Float[Tensor, "k n"]) -> Float[Tensor, "k s"]:
-        found = []
-        for some in rows.tensor_split(-(-len(rows) // most)):
-            with objective.randomness(index):
-                found.append(compute(some).detach().double())
-        return torch.cat(found)
+        size = -(-len(rows) // -(-len(rows) // most))
+        short = -len(rows) % size
+        full = torch.cat([rows, rows[-1:].expand(short, -1)]) if short else rows
+        return torch.cat([compute(some) for some in full.split(size)])[: len(rows)].double()
 
     return share
-
-
-def generic(objective: Objective) -> Float[Tensor, " n"]:
-    """A point near the parameters where nothing cancels: there the same value means the same function."""
-    (signs,) = objective.space.draw(1, seed=0)
-    return objective.position + 0.01 * signs
 
 
 def bound(objective: Objective) -> int:
@@ -205,36 +172,18 @@ def _joint(group: list[Any]) -> Any:
     return tree_unflatten([torch.cat(column) for column in zip(*parts, strict=True)], structures[0])
 
 
-class _NothingRead(TorchFunctionMode):
-    """Refuses what would tell a program its numbers behind the tracer's back, which takes them for constants."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__):
-            raise TypeError(f"{function.__name__} cannot be traced.")
-        return function(*args, **(kwargs or {}))
-
-
-class _OwnNormalisation(TorchFunctionMode):
-    """Batch normalisation by torch's kernel, which is fast where no second derivative is taken."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is F.batch_norm:
-            with torch._C.DisableTorchFunction():
-                return function(*args, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
-
-
 class Sizes(TorchDispatchMode):
-    """Sees how many bytes the largest tensor has that is made, and whether there are convolutions."""
+    """Sees how many bytes the largest tensor has that is made, and whether there are operations that are slow, or a
+    loop, with several weights at once: convolutions and fused recurrent layers."""
 
     largest = 0
-    convolutions = False
+    slow = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.clone.default:  # data that are copied are the same at all points
             return result
-        self.convolutions |= "convolution" in str(func)
+        self.slow |= any(name in str(func) for name in ("convolution", "rnn", "lstm", "gru"))
         made = [t for t in (result if isinstance(result, tuple | list) else [result]) if isinstance(t, Tensor)]
         self.largest = max([self.largest, *(t.numel() * t.element_size() for t in made)])
         return result

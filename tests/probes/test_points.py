@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest.mock import Mock
 
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from untouched import untouched
 
 import curvature as cv
+from curvature.probes import points as probed
 from curvature.probes import together
 from curvature.probes.points import Points
-from curvature.probes.together import joined
+from curvature.probes.together import Together, joined
 
 CASES = {case.name: case for case in zoo()}
 
@@ -32,12 +34,12 @@ def there(objective: cv.Objective, rows: Tensor) -> Tensor:
     return torch.tensor([objective.at(row).value() for row in rows], dtype=torch.float64)
 
 
-def program(objective: cv.Objective, batch: Any) -> Callable[[Tensor], Tensor]:
-    return lambda row: objective.total(objective.space.named(row), batch).reshape(1)
+def program(objective: cv.Objective) -> Callable[[Tensor, Any], Tensor]:
+    return lambda row, batch: objective.total(objective.space.named(row), batch).reshape(1)
 
 
 def batches_of(objective: cv.Objective) -> int:
-    return len(list(joined(objective, program).batches))
+    return len(list(joined(objective, program(objective)).batches))
 
 
 def counted(module: nn.Module) -> list[int]:
@@ -104,9 +106,9 @@ def test_the_loss_of_batches_made_one_is_theirs(case):
 def test_batches_are_made_one_up_to_a_size(monkeypatch):
     objective = CASES["classifier"].objective((2, 2, 2, 2, 1))  # whose largest tensor has 20 numbers of 8 bytes
     monkeypatch.setitem(together.SMALL, "cpu", 2 * 160 // together.TOGETHER)
-    assert [len(y) for _, y in joined(objective, program).batches] == [4, 4, 1]
+    assert [len(y) for _, y in joined(objective, program(objective)).batches] == [4, 4, 1]
     monkeypatch.setitem(together.SMALL, "cpu", 1)
-    assert joined(objective, program) is objective
+    assert joined(objective, program(objective)) is objective
 
 
 def test_what_couples_its_examples_keeps_its_batches():
@@ -114,7 +116,7 @@ def test_what_couples_its_examples_keeps_its_batches():
     x, y = torch.randn(12, 4).double(), torch.randint(0, 3, (12,))
     net = nn.Sequential(nn.Linear(4, 5), Centred(), nn.Tanh(), nn.Linear(5, 3)).double()
     objective = cv.Objective.of(net, "cross-entropy", list(zip(x.split(4), y.split(4), strict=True)))
-    assert joined(objective, program) is objective
+    assert joined(objective, program(objective)) is objective
     rows = around(objective, 5)
     torch.testing.assert_close(Points(objective)(rows)[:, 0], there(objective, rows), rtol=1e-12, atol=0)
 
@@ -125,7 +127,7 @@ def test_what_sees_batches_in_training_keeps_them():
     objective = images(normalisation)
     assert batches_of(objective) == 1
     objective = objective.in_mode("train")
-    assert joined(objective, program) is objective
+    assert joined(objective, program(objective)) is objective
 
 
 def test_batches_of_several_kinds_are_made_one_where_they_fit():
@@ -135,7 +137,7 @@ def test_batches_of_several_kinds_are_made_one_where_they_fit():
     batches = [{"input": torch.randint(0, 7, (2, n)), "labels": torch.randint(0, 6, (2, n))} for n in lengths]
     batches[0]["labels"][:] = -100  # a batch without terms, which does not show how large tensors are
     objective = cv.Objective.of(module, cv.CrossEntropy(axis=-1), batches)
-    assert joined(objective, program) is objective
+    assert joined(objective, program(objective)) is objective
     rows = around(objective, 5)
     torch.testing.assert_close(Points(objective)(rows)[:, 0], there(objective, rows), rtol=1e-12, atol=0)
     objective = cv.Objective.of(module, cv.CrossEntropy(axis=-1), batches[1:])
@@ -236,15 +238,78 @@ def test_what_vmap_gets_wrong_goes_one_by_one(monkeypatch):
 
 @pytest.mark.parametrize("norm", ["frozen", "recalibrated", "batch"])
 def test_a_run_that_goes_on_has_the_same_bits_before_and_after_tracing(norm, monkeypatch, tmp_path):
-    monkeypatch.setattr(together, "PATIENCE", 100)
+    monkeypatch.setattr(together, "PATIENCE", 25)
+    monkeypatch.setattr(probed, "AT_ONCE", 16)
     objective, path = normed(), tmp_path / "line.ckpt"
-    direction = cv.random_directions(objective, 1)[0]
-    whole = cv.line(objective, direction, points=201, norm=norm)
+    look = partial(cv.line, objective, cv.random_directions(objective, 1)[0], points=31, norm=norm)
+    whole = look()
     with pytest.raises(cv.Interrupted):
-        cv.line(objective, direction, points=201, norm=norm, run=cv.Run(progress=Stopping(1), checkpoint=path))
-    assert torch.equal(
-        cv.line(objective, direction, points=201, norm=norm, run=cv.Run(checkpoint=path)).loss, whole.loss
-    )
+        look(run=cv.Run(progress=Stopping(1), checkpoint=path))
+    assert torch.equal(look(run=cv.Run(checkpoint=path)).loss, whole.loss)
+
+
+class Last(nn.Module):
+    """What a recurrent layer says at the end."""
+
+    def __init__(self, layer: type[nn.LSTM] | type[nn.GRU]) -> None:
+        super().__init__()
+        self.layer, self.head = layer(3, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU])
+@pytest.mark.filterwarnings("error")
+def test_recurrent_layers_have_their_loss_without_warnings(layer):
+    """In single precision torch has a kernel for LSTM layers that vmap runs in a loop of its own."""
+    torch.manual_seed(0)
+    objective = cv.Objective.of(Last(layer), "cross-entropy", (torch.randn(12, 5, 3), torch.randint(0, 2, (12,))))
+    rows = around(objective, 5)
+    torch.testing.assert_close(Points(objective)(rows)[:, 0], there(objective, rows), rtol=1e-5, atol=0)
+    with together.Sizes() as sizes:
+        objective.value()
+    assert sizes.slow == (layer is nn.LSTM)
+
+
+def test_a_penalty_leaves_the_bits_of_the_value():
+    case = CASES["classifier"]
+    objective = cv.Objective.of(case.module, "cross-entropy", (case.inputs, case.targets), l2=0.3)
+    assert float(Points(objective).alone(objective.position)) == objective.value()
+
+
+def test_operations_are_shared_by_batches_of_the_same_shapes(monkeypatch):
+    monkeypatch.setattr(together, "PATIENCE", 1)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)).double()
+    x, y = torch.randn(12, 1, 4, 4).double(), torch.randint(0, 3, (12,))
+    objective = cv.Objective.of(net, "cross-entropy", [(x[i : i + 5], y[i : i + 5]) for i in (0, 5, 7)] * 2)
+    monkeypatch.setitem(together.SMALL, "cpu", 1)
+    each = Together(objective, program(objective))
+    rows = around(objective, 3)
+    sums, terms = each(rows)
+    torch.testing.assert_close(sums[:, 0] / terms, there(objective, rows), rtol=1e-12, atol=0)
+    assert len(each.single.bare.known) == 1 and None not in each.single.bare.known.values()
+
+
+def test_what_goes_by_the_numbers_of_a_batch_is_not_taken_from_another(monkeypatch):
+    monkeypatch.setattr(together, "PATIENCE", 1)
+    monkeypatch.setitem(together.SMALL, "cpu", 1)
+    net = nn.Linear(2, 1).double()
+    torch.manual_seed(0)
+    batches = [torch.randn(6, 2).double() for _ in range(4)]
+    assert len({int((batch[:, 0] > 0).sum()) for batch in batches}) > 1
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        kept = model(batch)[batch[:, 0] > 0]
+        return kept.square().sum() / len(kept)
+
+    objective = cv.Objective.from_loss(net, loss, batches)
+    rows = around(objective, 3)
+    each = Together(objective, program(objective))
+    sums, terms = each(rows)
+    torch.testing.assert_close(sums[:, 0] / terms, there(objective, rows), rtol=1e-12, atol=0)
+    assert set(each.single.bare.known.values()) == {None}
 
 
 def test_layer_norms_whose_derivative_is_taken_have_the_right_one():

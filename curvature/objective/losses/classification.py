@@ -123,7 +123,7 @@ class CrossEntropy:
         return ((outputs.argmax(axis) == wanted) & kept).sum(), kept.sum()
 
     def _value(self, logits: Float[Tensor, "t c"], wanted: Tensor) -> Float[Tensor, ""]:
-        weights = self._weights(logits, logits.shape[1])
+        weights = None if self.class_weights is None else self._weights(logits, logits.shape[1])
         if logits.shape[1] < NARROW:
             logits = logits.mT.contiguous().unsqueeze(0)
             wanted = (wanted.mT if wanted.is_floating_point() else wanted).unsqueeze(0)

@@ -1,0 +1,175 @@
+"""Functions of points and batches, and the plain operations that they come to, without their layers and autograd.
+
+Layers and autograd take time in every call, whatever it computes. Operations are traced once for all batches of the
+same shapes, and stand in for a function only where they make the same bits.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from curvature.objective.objective import Objective
+
+Program = Callable[[Tensor, Any], Tensor]  # a point (n,) and a batch -> sums over its terms (s,); or points (k, n)
+
+
+@dataclass(frozen=True)
+class Operations:
+    """What a program does with points and batches of some shapes; `random` if there are random numbers in it."""
+
+    code: Callable[..., Tensor]
+    random: bool
+
+    @classmethod
+    def of(cls, program: Program, points: Tensor, batch: Any) -> Operations:
+        """Those with these points and this batch. Raises whatever the tracer does, and TypeError or ValueError where
+        other numbers would make other operations."""
+        leaves, structure = tree_flatten(batch)
+
+        def function(points: Tensor, *tensors: Tensor) -> Tensor:
+            left = iter(tensors)
+            given = [next(left) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            return program(points, tree_unflatten(given, structure))
+
+        # with one fake mode for all values, of which the tracer else makes one each: most of the time that it takes
+        with _NothingRead(), tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+            traced = make_fx(function)(points, *_tensors(batch))
+        tags = {tag for node in traced.graph.nodes for tag in getattr(node.target, "tags", ())}
+        if torch.Tag.dynamic_output_shape in tags:
+            raise ValueError("Shapes in the program depend on numbers in the batch.")
+        traced.graph.eliminate_dead_code()
+        traced.recompile()
+        return cls(traced.forward, torch.Tag.nondeterministic_seeded in tags)
+
+    def __call__(self, points: Tensor, batch: Any) -> Tensor:
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            return self.code(points, *_tensors(batch))
+
+
+@dataclass
+class Bare:
+    """A program as the operations that it comes to, traced where shapes are new. TypeError where they cannot be."""
+
+    program: Program
+    known: dict[Hashable, Operations | None] = field(default_factory=dict)
+
+    def __call__(self, points: Tensor, batch: Any) -> Tensor:
+        operations = self.of(points, batch)
+        if operations is None:
+            raise TypeError("The program cannot be traced.")
+        return operations(points, batch)
+
+    def of(self, points: Tensor, batch: Any) -> Operations | None:
+        shapes = _shapes(batch)
+        if shapes is None:
+            return None
+        if (points.shape, shapes) not in self.known:
+            self.known[points.shape, shapes] = None
+            with suppress(Exception):  # no tracer can follow everything
+                self.known[points.shape, shapes] = Operations.of(self.program, points, batch)
+        return self.known[points.shape, shapes]
+
+
+class Settling:
+    """A program of points (k, n) and the batches of an objective, and after `patience` calls with the same shapes the
+    operations that it comes to, for batches where these make the same bits: by then calls took as long as tracing.
+    Calls for the points that are `ahead` count, too."""
+
+    def __init__(self, objective: Objective, program: Program, patience: int) -> None:
+        self.objective, self.program, self.patience = objective, program, patience
+        self.bare = Bare(program)
+        self.calls: Counter[Hashable] = Counter()
+        self.ahead = 0
+
+    def on(self, index: int, batch: Any) -> Callable[[Tensor], Tensor]:
+        """The program on the batch of that number, from its random state."""
+        shapes = _shapes(batch)
+        settled: dict[int, Operations | None] = {}  # by the number of points
+
+        def compute(points: Float[Tensor, "k n"]) -> Float[Tensor, "k s"]:
+            count = len(points)
+            self.calls[count, shapes] += 1
+            if count not in settled and self.calls[count, shapes] + self.ahead // count >= self.patience:
+                settled[count] = self._settled(index, batch, count)
+            operations = settled.get(count)
+            if operations is not None and not operations.random:  # to set a random state takes time, too
+                return operations(points, batch)
+            with self.objective.randomness(index):
+                return (operations or self.program)(points, batch).detach()
+
+        return compute
+
+    def _settled(self, index: int, batch: Any, count: int) -> Operations | None:
+        """The operations for so many points, if they make the same bits of this batch."""
+        points = generic(self.objective).repeat(count, 1)
+        with self.objective.randomness(index):
+            operations = self.bare.of(points, batch)
+        if operations is not None:
+            with self.objective.randomness(index):
+                expected = self.program(points, batch)
+            with suppress(Exception), self.objective.randomness(index):
+                if torch.equal(operations(points, batch), expected):
+                    return operations
+        return None
+
+
+def generic(objective: Objective) -> Float[Tensor, " n"]:
+    """A point near the parameters where nothing cancels: there the same value means the same function."""
+    (signs,) = objective.space.draw(1, seed=0)
+    return objective.position + 0.01 * signs
+
+
+def fused(program: Program) -> Program:
+    """The same with torch's own batch normalisation, which is fast where no second derivative is taken."""
+
+    def fast(points: Tensor, batch: Any) -> Tensor:
+        with _OwnNormalisation():
+            return program(points, batch)
+
+    return fast
+
+
+def _shapes(batch: Any) -> Hashable:
+    """What batches have in common for which the same operations do the same; None where no tracer could tell."""
+    leaves, structure = tree_flatten(batch)
+    if not all(isinstance(leaf, Tensor | int | float | str | None) for leaf in leaves):
+        return None
+    described = [(t.shape, t.stride(), t.dtype) if isinstance(t, Tensor) else t for t in leaves]
+    return structure, *described
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+
+
+class _NothingRead(TorchFunctionMode):
+    """Refuses what would tell a program its numbers behind the tracer's back, which takes them for constants."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__):
+            raise TypeError(f"{function.__name__} cannot be traced.")
+        return function(*args, **(kwargs or {}))
+
+
+class _OwnNormalisation(TorchFunctionMode):
+    """Batch normalisation by torch's kernel."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.batch_norm:
+            with torch._C.DisableTorchFunction():
+                return function(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
