@@ -30,10 +30,11 @@ def draw_roughness(result: Roughness, ax: Axes, *, color: str = BLUE, **style: A
         ax.fill_between(s, low, high, color=color, alpha=0.35, lw=0, label="half of them")
         ax.plot(s, finite[:SINGLE].T.numpy(), color=BLACK, lw=0.5, alpha=0.6)
         ax.plot(s, median, **{"color": color, "lw": 1.8, "label": "median", **style})
-        ax.legend(fontsize="small", frameon=False, loc="upper center")
+        ax.legend(fontsize="small", loc="upper center", framealpha=0.8, edgecolor="none", borderpad=0.2)
     ax.axhline(0, color=GREY, lw=0.8, zorder=0)
-    ax.text(0.02, 0.97, f"roughness {with_error(float(result.value), float(result.stderr))}", transform=ax.transAxes,
-            fontsize="small", color=BLACK, va="top", bbox={"color": WHITE, "alpha": 0.8, "pad": 2})  # fmt: skip
+    # below, where the legend is not in panels of any size
+    ax.text(0.5, 0.04, f"roughness {with_error(float(result.value), float(result.stderr))}", transform=ax.transAxes,
+            fontsize="small", color=BLACK, ha="center", bbox={"color": WHITE, "alpha": 0.8, "pad": 2})  # fmt: skip
     ax.set_xlabel("distance along a direction, in its lengths")
     ax.set_ylabel("loss - loss at the centre")
     return ax

@@ -49,6 +49,15 @@ def test_the_profiles_of_roughness_are_drawn_with_the_index():
     assert ax.get_xlabel() and ax.get_ylabel() and not ax.get_title()
 
 
+def test_in_small_panels_the_index_and_the_legend_have_room():
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    for ax in figure.subplots(1, 3):
+        draw_roughness(ROUGH, ax)
+    figure.draw_without_rendering()
+    for ax in figure.axes:
+        assert not ax.texts[0].get_window_extent().overlaps(ax.get_legend().get_window_extent())
+
+
 def test_profiles_that_are_not_finite_are_left_out_of_the_bands():
     profiles = ROUGH.profiles.clone()
     profiles[0, 3] = math.inf
