@@ -35,7 +35,7 @@ HELP = """Curvature of the loss of PyTorch models, with honest error bars.
 `curv spectrum` analyses an embedded model, `curv spectrum model.pt` one of yours.
 
 MODEL is demo:digits, demo:digits-cnn or demo:hamlet, a file written by objective.save, weights with --arch (of \
-torch.save, Lightning, safetensors, also in several files, or a distributed checkpoint), a Hugging Face or PEFT folder, \
+torch.save, Lightning, safetensors, in one file or several, or a distributed one), a Hugging Face or PEFT folder, \
 a TorchScript or .pt2 program with --trust, or code that returns an objective: ./file.py:name or package.module:name.
 
 Defaults of options can be kept in ./curv.toml, or [tool.curv] in ./pyproject.toml, at the top or in one table a \
