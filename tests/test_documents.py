@@ -32,6 +32,7 @@ def test_every_public_name_is_in_the_readme():
     public = {name for name in vars(cv) if not name.startswith("_") and name[0].isalpha()}
     modules = {
         "assets",
+        "comparison",
         "diagnostics",
         "errors",
         "io",

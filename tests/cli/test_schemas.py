@@ -28,6 +28,7 @@ TINY = {
     "ihvp": ("--damping", 1.0),
     "influence": ("--self",),
     "compare": ("run1", "run2"),
+    "optim": ("--optimizer", "sgd", "--steps", 2, "--repeats", 1, "--lr", "0.1"),
     "report": ("--question", "spectrum", "--question", "rates"),
     "inspect": ("a.pt",),
     "env": (),
