@@ -52,7 +52,7 @@ def optim(
     repeats
         Trainings with the best rate.
     start
-        fresh parameters, drawn by the layers themselves, or those of MODEL.
+        fresh parameters, drawn by each layer as torch does, or those of MODEL, such as one before its training.
     over
         The picture has the loss over steps or over seconds.
     test

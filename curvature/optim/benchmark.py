@@ -137,6 +137,7 @@ def benchmark(
 def restarted(objective: Objective, *, seed: int = 0) -> Objective:
     """The objective at parameters drawn anew, by the `reset_parameters` of each layer, and with buffers as at first.
 
+    A model that draws its parameters in a way of its own starts elsewhere than here: give it as it is before training.
     BadObjective where a parameter belongs to a layer that cannot draw it.
     """
     module = copy.deepcopy(objective.function.module).cpu()
