@@ -70,9 +70,6 @@ class Report(Result):
         write_atomically(path, self.page(made_by=made_by).encode())
         return Path(path)
 
-    def _repr_html_(self) -> str:
-        return self.page()
-
     __repr__ = Result.__str__
 
 
