@@ -59,8 +59,8 @@ class Setting(Part):
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Comparison(Result):
     """The numbers that two results share, row by row, the `settings` in which they were measured differently, and the
-    two results; `labels` are what these are called, the cost is that of both. Rows are different at `level`, all of them
-    together."""
+    two results; `labels` are what these are called, the cost is that of both. Rows are different at `level`, all of
+    them together."""
 
     labels: tuple[str, ...]
     rows: tuple[Difference, ...]
