@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from pages import Page
 
 import curvature as cv
@@ -58,3 +59,12 @@ def test_a_browser_shows_it(curv, tmp_path):
     shown = subprocess.run([CHROMIUM, *quiet, "--dump-dom", page], capture_output=True, text=True, timeout=120)
     assert Page(shown.stdout).tags.count("svg") == 2
     assert "CONSOLE" not in shown.stderr  # what it could not load, or would not run
+
+
+def test_a_stranger_gets_it_from_ordinary_weights_in_two_commands(curv, task):
+    torch.save(task.Net().state_dict(), "net.pt")
+    said = curv("report", "net.pt")
+    assert said.code == 2 and all(option in said.err for option in ("--arch", "--loss", "--data"))
+    given = ("--arch", "./task.py:Net", "--loss", "cross-entropy", "--data", "train.npz")
+    assert curv("report", "net.pt", *given, "--question", "rates").code == 0
+    assert Path("report/report.html").exists()
