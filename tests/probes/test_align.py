@@ -137,7 +137,7 @@ def distance(a: cv.Objective, b: cv.Objective) -> float:
 @NETWORKS
 def test_a_permuted_copy_comes_back_whole(name, dtype):
     objective = network(name, dtype=dtype)
-    for seed in range(3):
+    for seed in range(2):
         copied = shuffled(objective, seed)
         assert copied.value() == pytest.approx(objective.value(), rel=1e-5)
         assert distance(objective, copied) > 1.0 and interpolate(objective, copied, points=5).variation > 1e-3

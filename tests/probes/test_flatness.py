@@ -19,7 +19,11 @@ from curvature.probes.flatness import PacBayes, average_sharpness, pac_bayes_fla
 CASES = [case for case in zoo() if case.name in ("classifier", "regression", "convolution", "attention", "lstm")]
 MATRIX = rotated(torch.cat([tensor(9, 5), linspace(-1, 2, 18)]))
 WHERE = linspace(-1, 2, 20)
-SEEDS, HELD = 200, (0.836, 0.964)  # of intervals at 90 %: three binomial standard deviations
+# so many intervals at 90 %, of which so many hold: three binomial standard deviations; and how near their errors are
+SEEDS = pytest.mark.parametrize(
+    ("seeds", "fewest", "most", "near"),
+    [(80, 64, 80, 0.25), pytest.param(200, 167, 193, 0.15, marks=pytest.mark.slow)],
+)
 
 
 def parabola() -> cv.Objective:
@@ -34,19 +38,20 @@ def coin(margin: float) -> cv.Objective:
     return cv.Objective.of(net, "cross-entropy", (torch.ones(1, 1).double(), torch.tensor([0])))
 
 
+@SEEDS
 @pytest.mark.parametrize("relative", [False, True])
-def test_on_a_quadratic_the_average_is_half_the_trace_as_often_as_it_says(relative):
+def test_on_a_quadratic_the_average_is_half_the_trace_as_often_as_it_says(relative, seeds, fewest, most, near):
     d = WHERE.abs() if relative else torch.ones(20).double()
     truth = 0.3**2 / 2 * float((d * MATRIX * d[:, None]).trace())
     inside, errors, misses = 0, [], []
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         found = average_sharpness(parabola(), 0.3, relative=relative, samples=24, seed=seed)
         low, high = found.interval(0.9)
         inside += bool(low <= truth <= high)
         errors.append(float(found.stderr))
         misses.append(float(found.value) - truth)
-    assert HELD[0] <= inside / SEEDS <= HELD[1]
-    assert math.sqrt(sum(e * e for e in errors) / SEEDS) == pytest.approx(float(torch.tensor(misses).std()), rel=0.15)
+    assert fewest <= inside <= most
+    assert math.sqrt(sum(e * e for e in errors) / seeds) == pytest.approx(float(torch.tensor(misses).std()), rel=near)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -76,20 +81,21 @@ def test_what_is_not_finite_stays_so():
     assert not average_sharpness(wall).value.isfinite() and not average_sharpness(wall).stderr.isfinite()
 
 
+@SEEDS
 @pytest.mark.parametrize("relative", [False, True])
-def test_the_sigma_of_a_quadratic_is_right_as_often_as_it_says(relative):
+def test_the_sigma_of_a_quadratic_is_right_as_often_as_it_says(relative, seeds, fewest, most, near):
     d = WHERE.abs() if relative else torch.ones(20).double()
     truth = math.sqrt(2 * 0.5 / float((d * MATRIX * d[:, None]).trace()))
     inside, misses, errors = 0, [], []
     flat = made(lambda t: (t - WHERE) @ (MATRIX @ (t - WHERE)) / 2, WHERE)  # at its stationary point
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         found = pac_bayes_flatness(flat, 0.5, relative=relative, samples=40, seed=seed)
         low, high = found.interval(0.9)
         inside += bool(low <= truth <= high)
         misses.append(float(found.value) - truth)
         errors.append(float(found.stderr))
-    assert HELD[0] <= inside / SEEDS <= HELD[1]
-    assert math.sqrt(sum(e * e for e in errors) / SEEDS) == pytest.approx(float(torch.tensor(misses).std()), rel=0.15)
+    assert fewest <= inside <= most
+    assert math.sqrt(sum(e * e for e in errors) / seeds) == pytest.approx(float(torch.tensor(misses).std()), rel=near)
 
 
 def test_the_sigma_is_the_root_for_its_draws():

@@ -48,9 +48,9 @@ def test_of_a_quadratic_it_is_the_largest_curvature_and_never_more(values):
 
 def test_random_pairs_see_the_root_mean_square_curvature():
     values = linspace(0.1, 5, 12)
-    found = gradient_lipschitz(quadratic(values), radius=1.0, steps=1, pairs=400)
+    found = gradient_lipschitz(quadratic(values), radius=1.0, steps=1, pairs=100)
     squares = found.ratios.square()
-    assert abs(float(squares.mean() - values.square().mean())) < 4 * float(squares.std()) / 20
+    assert abs(float(squares.mean() - values.square().mean())) < 4 * float(squares.std()) / 10
 
 
 def test_the_hessian_of_a_quadratic_does_not_change():
@@ -100,11 +100,11 @@ def test_ratios_are_those_of_the_dense_derivatives_at_points_in_the_ball(ask, st
 def test_points_are_uniform_in_the_ball(monkeypatch):
     """Of n dimensions: the share of the volume within a share of the radius is its n-th power."""
     for n in (1, 3):
-        options = {"radius": 1.0, "distance": 1e-6, "pairs": 500, "steps": 1}
+        options = {"radius": 1.0, "distance": 1e-6, "pairs": 150, "steps": 1}
         _, seen = seen_by(gradient_lipschitz, quadratic(torch.ones(n).double()), monkeypatch, **options)
         shares = ((seen[::2] - 1).norm(dim=1) ** n).sort().values
-        assert float((shares - linspace(0, 1, 500)).abs().max()) < 1.63 / 500**0.5  # Kolmogorov-Smirnov, 1 %
-        assert float((seen[::2] - 1).mean(0).abs().max()) < 4 / 500**0.5
+        assert float((shares - linspace(0, 1, 150)).abs().max()) < 1.63 / 150**0.5  # Kolmogorov-Smirnov, 1 %
+        assert float((seen[::2] - 1).mean(0).abs().max()) < 4 / 150**0.5
 
 
 def test_along_rows_it_is_the_ratio_between_each_and_the_next():
@@ -122,12 +122,13 @@ def test_along_rows_it_is_the_ratio_between_each_and_the_next():
     assert still.ratios.isnan().tolist() == [True, False] and math.isnan(still.largest)
 
 
-def test_the_error_bar_of_the_mean_is_honest():
+@pytest.mark.parametrize(("seeds", "fewest", "most"), [(20, 16, 20), pytest.param(100, 91, 99, marks=pytest.mark.slow)])
+def test_the_error_bar_of_the_mean_is_honest(seeds, fewest, most):
     objective = quadratic(linspace(0.1, 5, 6))
-    truth = gradient_lipschitz(objective, radius=1.0, steps=1, pairs=2000, seed=999).ratios.mean()
-    found = [gradient_lipschitz(objective, radius=1.0, steps=1, seed=seed) for seed in range(100)]
+    truth = gradient_lipschitz(objective, radius=1.0, steps=1, pairs=seeds * 20, seed=999).ratios.mean()
+    found = [gradient_lipschitz(objective, radius=1.0, steps=1, seed=seed) for seed in range(seeds)]
     inside = sum(bool(low <= truth <= high) for low, high in (one.interval(0.95) for one in found))
-    assert 91 <= inside <= 99
+    assert fewest <= inside <= most
 
 
 @pytest.mark.parametrize("distance", [3e-4, 3e-2, 1.0])

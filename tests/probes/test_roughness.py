@@ -101,16 +101,18 @@ def test_the_error_is_that_of_the_jackknife():
     assert found.samples == 9
 
 
-@pytest.mark.parametrize("where", [0.003, 0.01, 0.1])
-def test_the_error_bar_is_honest(where):
+@pytest.mark.parametrize(
+    ("where", "seeds"), [(0.1, 25), *(pytest.param(where, 100, marks=pytest.mark.slow) for where in (0.003, 0.01, 0.1))]
+)
+def test_the_error_bar_is_honest(where, seeds):
     """At 0.1 one direction in ten or so turns at all: with as many degrees of freedom as directions it would not be."""
     objective = quadratic(linspace(0.1, 5, 12)).at(where * torch.ones(12).double())
-    truth = float(roughness(objective, scale=None, directions=20_000, seed=999))
-    found = [roughness(objective, scale=None, seed=seed) for seed in range(100)]
+    truth = float(roughness(objective, scale=None, directions=200 * seeds, seed=999))
+    found = [roughness(objective, scale=None, seed=seed) for seed in range(seeds)]
     errors = torch.tensor([float(one) - truth for one in found])
     inside = sum(float(low) <= truth <= float(high) for low, high in (one.interval() for one in found))
     stderr = statistics.median(float(one.stderr) for one in found)
-    assert inside >= 91 and stderr < 1.3 * float(errors.square().mean().sqrt())
+    assert inside >= 0.91 * seeds and stderr < 1.3 * float(errors.square().mean().sqrt())
 
 
 def test_the_degrees_of_freedom_are_those_of_the_directions_that_differ():

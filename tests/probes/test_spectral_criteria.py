@@ -27,7 +27,9 @@ def test_of_two_eigenvalues_they_are_what_the_formulas_say():
     "values", [linspace(0, 3, 40), linspace(1, 3, 40), torch.cat([torch.zeros(30), torch.ones(10)])]
 )
 def test_of_a_psd_matrix_they_are_zero(values):
-    assert torch.equal(spectral_criteria(density(values.double(), steps=12)).value, torch.zeros(3).double())
+    """Up to rounding, by some eps of the largest, of an eigenvalue that is zero; K_H takes its root."""
+    found = spectral_criteria(density(values.double(), steps=12)).value
+    assert (found <= tensor(1e-15, 1e-8, 1e-15)).all()
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
@@ -40,14 +42,14 @@ def test_they_do_not_depend_on_the_unit_of_the_loss(scale):
 def test_the_ratio_of_traces_is_right_as_often_as_it_says():
     values = torch.cat([linspace(-1, 0, 80), linspace(0, 3, 120), tensor(10, 8)])
     truth = -float(values[values < 0].sum() / values[values > 0].sum())
-    inside, errors, misses, seeds = 0, [], [], 100
+    inside, errors, misses, seeds = 0, [], [], 50
     for seed in range(seeds):
         found = spectral_criteria(cv.spectral_density(scaling(values), probes=5, steps=14, seed=seed))
         low, high = found.interval(0.9)
         inside += bool(low[2] <= truth <= high[2])
         errors.append(float(found.stderr[2]))
         misses.append(float(found.value[2]) - truth)
-    assert 0.81 <= inside / seeds <= 0.99  # three binomial standard deviations
+    assert 0.77 <= inside / seeds <= 1  # three binomial standard deviations
     assert sum(e * e for e in errors) / seeds == pytest.approx(float(torch.tensor(misses).square().mean()), rel=0.35)
 
 
