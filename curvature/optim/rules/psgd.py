@@ -111,11 +111,12 @@ class PSGD(PreconditionedOptimizer):
     Without `rank` each matrix has a Kronecker factor for each side, dense where it is short, and convolutions are
     matrices with a row for each filter; with it all parameters together have a diagonal and a matrix of that rank.
 
-    What is whitened is the gradient, so that updates have the root mean square of AdamW's and `lr` carries over from
-    there; or the "momentum", with updates of root mean square 1: lr is then sqrt((1 - momentum) / (1 + momentum)) times
-    that. With "hessian" P is fitted to 1 / |H| by products with the Hessian of the mini-batch: lr is 0.01 to 1, and
-    step takes the `objective`. Updates are at most 2 in root mean square for each parameter (with `rank` for all of
-    them), and 10 in each entry. Lower `rate` towards 0.01 where P is to be exact rather than quick.
+    What is whitened is the gradient, so that updates have the root mean square of AdamW's and `lr` is of the order of
+    the one there, or a third of it; or the "momentum", with updates of root mean square 1: lr is then sqrt((1 -
+    momentum) / (1 + momentum)) times that. With "hessian" P is fitted to 1 / |H| by products with the Hessian of the
+    mini-batch: lr is 0.01 to 1, and step takes the `objective`. Updates are at most 2 in root mean square for each
+    parameter (with `rank` for all of them), and 10 in each entry. Lower `rate` towards 0.01 where P is to be exact
+    rather than quick.
 
     Li 2015 (arXiv:1512.04202); Pooladzandi & Li 2024 (arXiv:2402.04553), in the geometry dQ = Q^0.5 E Q^1.5.
     """
