@@ -191,7 +191,7 @@ CASES = [
             ({"rank": 0}, "rank is 1 or more"),
         ),
     ),
-    OptimizerCase(EFCP, 2e-2, {"damping": 1e-3, "window": 16, "rank": 1}, name="EFCP of low rank", skips=WINDOW),
+    OptimizerCase(EFCP, 1e-2, {"damping": 1e-3, "window": 16, "rank": 1}, name="EFCP of low rank", skips=WINDOW),
     OptimizerCase(
         SophiaG,
         1e-2,

@@ -212,7 +212,7 @@ TOUCHES = [
     (lambda _: random.random(), "Python generator"),
     (lambda _: np.random.rand(), "numpy generator"),
     (lambda _: torch.set_default_dtype(torch.float64), "default dtype"),
-    (lambda _: torch.set_num_threads(1), "threads"),
+    (lambda _: torch.set_num_threads(3), "threads"),
     (lambda _: torch.backends.cuda.enable_flash_sdp(False), "attention"),
     (lambda _: torch._C._set_cudnn_enabled(False), "cudnn"),
     (lambda _: torch._C._set_mkldnn_enabled(False), "mkldnn"),
