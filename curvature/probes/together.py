@@ -26,9 +26,10 @@ from curvature.probes.programs import Bare, Program, Settling, fused, generic
 
 Share = Callable[[Tensor], Tensor]  # points (k, n) -> (k, s), in float64
 
-TOGETHER = 2  # times as large as SMALL: the largest tensors of batches made one, and of points together
+TOGETHER = 4  # times as large as SMALL: the largest tensors of batches made one, and of points together
 PATIENCE = 128  # calls for one point until they are traced
 STACKED = 32  # and calls for several, of which each takes vmap as long as four
+ROOM = 16 << 20  # bytes: several times what TOGETHER allows a tensor
 
 
 def joined(objective: Objective, program: Program) -> Objective:
@@ -76,6 +77,7 @@ class Together:
         self.stacked = [Settling(self.objective, _stacked(each), STACKED) for each in (program, Bare(program))]
         self.single = Settling(self.objective, _single(fused(program)), PATIENCE)
         self.passes = Passes(self.objective, self._share, budget=budget_of("auto", objective.space.device))
+        _keep_memory(objective.space.device)
 
     def __call__(self, rows: Float[Tensor, "k n"]) -> tuple[Float[Tensor, "k s"], float]:
         """The sums over all terms at each point, in float64, and the number of terms."""
@@ -98,6 +100,16 @@ class Together:
                     if alike(settling.program(point[None], batch)[0], alone, self.objective.space.dtype):
                         return _by_parts(settling.on(index, batch), most)
         return _by_parts(self.single.on(index, batch), 1)
+
+
+def _keep_memory(device: torch.device) -> None:
+    """Have one large tensor come and go.
+
+    glibc gives the memory of a tensor back to the system and takes it again, page by page, for the next one, which is
+    a sixth of the time, until larger ones have been freed (M_MMAP_THRESHOLD in mallopt(3)).
+    """
+    if device.type == "cpu":
+        torch.empty(ROOM, dtype=torch.uint8)
 
 
 def _stacked(program: Program) -> Program:
