@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from curvature.reporting.report import Report
 
 SECTIONS = {  # by question: the heading, and how to read what is below it
+    "health": (
+        "Whether this can be analysed",
+        "What was tried before the first number: derivatives against finite differences, symmetry, which engines work.",
+    ),
     "spectrum": (
         "All eigenvalues of the Hessian",
         "Most lie in a bulk around zero; the few outside carry the sharp directions. A negative share means that the "
@@ -110,6 +114,9 @@ def _at_a_glance(report: Report) -> dict[str, str]:
 def _warnings(report: Report) -> str:
     """What a reader has to know before believing the numbers."""
     warnings = [f"Left out: {reason}" for reason in report.left_out]
+    if "health" in report.names:
+        diagnosis = report["health"]
+        warnings += [f"{f.name}: {f.seen} {f.fix}" for f in (*diagnosis.failures, *diagnosis.warnings)]
     if not report.complete:
         warnings.append("Interrupted: what follows is what was measured until then.")
     return "".join(f"<p class='warn'>{_text(warning)}</p>" for warning in warnings)
@@ -142,8 +149,10 @@ def _picture(name: str, result: Result) -> str:
     """The picture of a result as SVG with names of its own; nothing where there is none, or no matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return ""
-    from curvature.plots import svg
+    from curvature.plots import drawable, svg
 
+    if not drawable(result):
+        return ""
     return re.sub(r'(id="|xlink:href="#|url\(#)', rf"\g<1>{name}-", svg(result))
 
 

@@ -20,6 +20,7 @@ from curvature.linalg.trace import trace
 from curvature.objective.objective import Objective
 from curvature.objective.work import work_on
 from curvature.operators.by_layer import by_layer
+from curvature.operators.doctor import check
 from curvature.operators.engine import need_objective
 from curvature.operators.hessian import hessian
 from curvature.probes.landscape import plane
@@ -95,6 +96,10 @@ class Setting:
 Question = Callable[[Setting, Run | None], Result]
 
 
+def _health(s: Setting, run: Run | None) -> Result:
+    return check(s.objective)
+
+
 def _spectrum(s: Setting, run: Run | None) -> Result:
     return spectral_density(s.hessian, probes=s.probes, steps=s.steps, seed=s.seed, run=run)
 
@@ -130,6 +135,7 @@ def _plane(s: Setting, run: Run | None) -> Result:
 
 
 QUESTIONS: dict[str, Question] = {
+    "health": _health,
     "spectrum": _spectrum,
     "eigenvalues": _eigenvalues,
     "layers": _layers,
@@ -155,11 +161,11 @@ def report(
 ) -> Report:
     """What is worth knowing of the curvature at the parameters, in one result and on one page: `save_page(path)`.
 
-    `questions` are some of "spectrum" (`spectral_density` with `probes` and `steps`), "eigenvalues" (the `k` largest
-    by `eigsh`), "layers" and "traces" (the largest eigenvalue and the trace of every layer, by `products` each),
-    "gradient" (`gradient_share` in those k directions), "rates" (`stable_learning_rates`), "sharpness" (the table of
-    `sharpness`), and "landscape" (a `plane` of `points` x `points` along the ends of the spectrum). A question that
-    has no answer for this objective is left out with the reason.
+    `questions` are some of "health" (`check`, whose warnings head the page), "spectrum" (`spectral_density` with
+    `probes` and `steps`), "eigenvalues" (the `k` largest by `eigsh`), "layers" and "traces" (the largest eigenvalue and
+    the trace of every layer, by `products` each), "gradient" (`gradient_share` in those k directions), "rates"
+    (`stable_learning_rates`), "sharpness" (the table of `sharpness`), and "landscape" (a `plane` of `points` x `points`
+    along the ends of the spectrum). A question that has no answer for this objective is left out with the reason.
 
     With a checkpoint in `run`, each question keeps its own beside it, as NAME.question. An interrupt raises Interrupted
     with what there is. Raises CurvatureError where `objective.check()` does.

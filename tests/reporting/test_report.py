@@ -46,7 +46,7 @@ def test_a_page_is_well_formed_and_loads_nothing(whole):
     assert len(set(page.ids)) == len(page.ids)
     assert {link[1:] for link in page.links} <= set(page.ids)
     assert page.tags.count("section") == len(CHEAP) + 1
-    assert page.tags.count("svg") == len(CHEAP)
+    assert page.tags.count("svg") == len(CHEAP) - 1  # of health there is no picture
     assert "curv report model.pt --out run" in whole.page(made_by="curv report model.pt --out run")
 
 
@@ -94,6 +94,15 @@ def test_what_has_no_answer_is_left_out_with_the_reason(monkeypatch):
 def test_what_cannot_be_analysed_is_refused_at_once():
     with pytest.raises(cv.NonFinite):
         cv.report(CASE.objective().at(CASE.flat * torch.nan), **SMALL)
+
+
+def test_what_the_doctor_warns_of_is_on_top():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 3)).double()
+    objective = cv.Objective.of(net, "cross-entropy", (CASE.inputs, CASE.targets), mode="train")
+    found = cv.report(objective, questions=("health",), **SMALL)
+    (warning, *_) = found["health"].warnings
+    top = found.page().partition("<section")[0]
+    assert "class='warn'" in top and warning.name in top
 
 
 def test_an_interrupt_keeps_what_there_is():
