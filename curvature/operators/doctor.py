@@ -68,7 +68,7 @@ class Diagnosis(Result):
         return tuple(finding for finding in self.findings if finding.status == "warning")
 
     def summary(self) -> dict[str, str]:
-        return {f.name: f"{f.status:<7}  {f.seen}{f' {f.fix}' if f.fix else ''}" for f in self.findings}
+        return {f.name: f"{f.status:<7}  {f.seen}{f'. {f.fix}' if f.fix else ''}" for f in self.findings}
 
     __repr__ = Result.__str__
 

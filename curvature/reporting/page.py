@@ -65,7 +65,7 @@ h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin: 2.5r
 p { margin: 0.4rem 0; } .note { color: #555; } .warn { border-left: 4px solid #D55E00; padding-left: 0.8rem; }
 table { border-collapse: collapse; margin: 0.8rem 0; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 0.15rem 1.2rem 0.15rem 0; border-bottom: 1px solid #ddd; vertical-align: top; }
-th { font-weight: 500; } svg { max-width: 100%; height: auto; }
+th { font-weight: 500; white-space: nowrap; } svg { max-width: 100%; height: auto; }
 pre { background: #f5f5f5; padding: 0.8rem; overflow-x: auto; }
 @media print { section { break-inside: avoid; } }
 """
@@ -116,7 +116,7 @@ def _warnings(report: Report) -> str:
     warnings = [f"Left out: {reason}" for reason in report.left_out]
     if "health" in report.names:
         diagnosis = report["health"]
-        warnings += [f"{f.name}: {f.seen} {f.fix}" for f in (*diagnosis.failures, *diagnosis.warnings)]
+        warnings += [f"{f.name}: {f.seen}. {f.fix}" for f in (*diagnosis.failures, *diagnosis.warnings)]
     if not report.complete:
         warnings.append("Interrupted: what follows is what was measured until then.")
     return "".join(f"<p class='warn'>{_text(warning)}</p>" for warning in warnings)
