@@ -7,7 +7,8 @@ with included. "one batch" is the fastest loop that is easily written: parameter
 gradients. "loader" is the usual one, over a DataLoader with batches of 64; it does every fifth point. "loss-landscapes"
 is `random_plane` of that package, all data at once (`pip install --no-deps loss-landscapes`; left out where it is not).
 Contenders take turns, round after round; times and ratios are medians over the rounds, the ratios within each. On one
-thread it is the time of the processor. All losses are compared with those of the plane at the same parameters.
+thread it is the time of the processor; "load" is how many processes wanted one, before and after. All losses are
+compared with those of the plane at the same parameters.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -249,13 +251,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="planes of 5 x 5: whether everything runs")
     parser.add_argument("--out", type=Path, default=RESULTS / "landscapes_cpu.json")
     args = parser.parse_args()
-    rows = []
+    rows, before = [], os.getloadavg()[0]
     for threads in map(int, args.threads.split(",")):
         for name in args.problems.split(","):
             rows.append(measured(name, 5 if args.quick else PROBLEMS[name][1], threads, args.rounds))
             print(name, threads, rounded(rows[-1]["ratios"]), flush=True)
     peer = version(PEER) if find_spec("loss_landscapes") else None
-    report = {"machine": machine(torch.device("cpu")), PEER: peer, "rounds": args.rounds, "rows": rows}
+    load = [round(before, 1), round(os.getloadavg()[0], 1)]
+    report = {"machine": machine(torch.device("cpu")), "load": load, PEER: peer, "rounds": args.rounds, "rows": rows}
     args.out.write_text(json.dumps(rounded(report), indent=1) + "\n")
     Console(width=150).print(table(rows))
 
