@@ -201,7 +201,7 @@ BASELINES = [
 ]
 CONTENDERS = [
     *BASELINES,
-    ours("Muon", "muon:Muon", NETWORKS),
+    ours("Muon", "muon:Muon", NETWORKS, kwargs={**PLAIN, "dtype": torch.bfloat16}),
     ours("Shampoo", "shampoo:Shampoo", NETWORKS, kwargs=OFTEN),
     ours("SOAP", "soap:SOAP", NETWORKS + DEEPER + EQUATIONS, kwargs=OFTEN),
     ours("KL-Shampoo", "soap:KLShampoo", NETWORKS, kwargs=OFTEN),

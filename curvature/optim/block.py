@@ -18,7 +18,7 @@ from curvature.linalg.space import Space
 Role = Literal["matrix", "embedding", "head", "vector", "scalar"]
 Grain = Literal["shape", "model"]
 
-EMBEDDINGS = ("*embed*", "*wte*", "*wpe*", "*emb.*", "emb.*", "*word_emb*", "*tok_emb*", "*pos_emb*")
+EMBEDDINGS = ("*embed*", "*wte*", "*wpe*", "*emb.*", "*_emb", "*tokens.*", "*positions.*")
 HEADS = ("*lm_head*", "head.*", "*.head.*", "*unembed*", "*classifier.*", "*readout*")
 
 

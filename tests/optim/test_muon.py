@@ -84,6 +84,36 @@ def test_the_length_of_the_gradient_does_not_matter(shape):
     torch.testing.assert_close(direction(1e6 * B), direction(B), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("shape", [(128, 200), (200, 128), (136, 136)], ids=str)
+@pytest.mark.parametrize("spread", [0, 4], ids=["even", "decaying"])
+def test_bfloat16_is_as_exact_as_the_iteration_on_the_matrix_itself_is_in_bfloat16(spread, shape):
+    B = with_values(torch.logspace(0, -spread, min(shape), dtype=F64), max(shape))
+    B = B if shape[0] <= shape[1] else B.T.contiguous()
+    exact = orthogonalised(B, 5, QUINTIC)
+    error = (direction(B, dtype=torch.bfloat16) - exact).norm()
+    plain = (orthogonalised((B / B.norm()).bfloat16(), 5, QUINTIC).double() - exact).norm()
+    assert 0 < error < 1.5 * plain
+    torch.testing.assert_close(direction(B, dtype=torch.float32), exact, rtol=0, atol=1e-3)
+    small = B[:20, :30]
+    assert torch.equal(direction(small, dtype=torch.bfloat16), direction(small))
+    with pytest.raises(ValueError, match="float16"):
+        Muon([nn.Parameter(B)], dtype=torch.float16)
+
+
+def test_what_bfloat16_multiplies_by_is_a_matrix_like_that_of_float64():
+    B = with_values(torch.logspace(0, -2, 128, dtype=F64), 130)
+    matrices = []
+    for dtype in (torch.bfloat16, None):
+        p = nn.Parameter(torch.zeros_like(B))
+        p.grad = B.clone()
+        optimizer = Muon([p], momentum=0.0, dtype=dtype)
+        optimizer.step()
+        matrices.append(optimizer.operator().apply(draws(3, B.numel(), seed=0)))
+    found, expected = matrices
+    assert found.dtype == F64 and not torch.equal(found, expected)
+    assert float((found - expected).norm() / expected.norm()) < 0.05
+
+
 def test_it_turns_with_the_gradient_and_is_transposed_with_it():
     B, U, V = draws(4, 7, seed=0), rotation(4, 1), rotation(7, 2)
     torch.testing.assert_close(direction(U @ B @ V), U @ direction(B) @ V, rtol=0, atol=1e-12)
