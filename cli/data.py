@@ -36,41 +36,43 @@ def data_of(name: str | None, target: str | None = None) -> Any:
 def parts_of_folder(path: Path, task: Task) -> tuple[torch.nn.Module, Any, Task]:
     """(model, data, task) of a Hugging Face folder: without --loss its loss is that of what the model predicts."""
     from curvature.io.models import read_module
-    from curvature.io.texts import shifted, task_of
+    from curvature.io.tasks import task_of
+    from curvature.objective.batches import Batches
 
     if task.data is None:
         raise Misuse(f"{path} says nothing about data.", "Pass --data: a text, or arrays such as input_ids and labels.")
     module, notes = read_module(path, base=task.base, allow=task.allow_global)
     say_all(notes)
-    known, data = task_of(module), _text(path, module, task)
-    if data is None:
-        data = data_of(task.data, task.target)
-        data = shifted(data) if task.loss is None and known and known.causal else data
-    else:
-        task = replace(task, batch_size=task.batch_size or TEXTS)
+    known, data = task_of(module), data_of_folder(task.data, path, module, task)
     if task.loss is None:
         if known is None:
-            raise Misuse(f"{path} does not tell what its {type(module).__name__} is trained for.", "Pass --loss.")
+            raise Misuse(
+                f"{path} does not tell what its {type(module).__name__} is trained for.",
+                "Pass --loss and --data with arrays as the model takes them, or --objective ./file.py:NAME that "
+                "returns a curvature.Objective.",
+            )
         warn(f"{path} predicts {known.predicts}, so the loss is {known.loss}")
         task = replace(task, loss=known.loss)
-    return module, data, task
+    return module, data, replace(task, batch_size=None) if isinstance(data, Batches) else task
 
 
-def _text(path: Path, module: torch.nn.Module, task: Task) -> dict[str, torch.Tensor] | None:
-    """The text that --data names, in tokens; None when it is no text."""
+def data_of_folder(name: str, path: Path, module: torch.nn.Module, task: Task) -> Any:
+    """What --data or --held-out name, as the model of a Hugging Face folder takes it: a text in batches of tokens, or
+    arrays, for which without --loss the labels are where the loss of its task looks for them."""
     from curvature.io.hugging_face import base_of, read_tokenizer
     from curvature.io.recognise import is_text
+    from curvature.io.tasks import as_trained
     from curvature.io.texts import read_text
+    from curvature.objective.batches import Batches
 
-    assert task.data is not None
-    if task.data.startswith("demo:") or is_spec(task.data) or not is_text(task.data):
-        return None
+    if name.startswith("demo:") or is_spec(name) or not is_text(name):
+        data = data_of(name, task.target)
+        return as_trained(data, module) if task.loss is None else data
     folders = [folder for folder in (path, task.base or base_of(path)) if folder is not None]
-    tokenizer = read_tokenizer(*folders)
-    data = read_text(Path(task.data), module, tokenizer, block=task.block_size, target=task.target)
+    data = read_text(Path(name), module, read_tokenizer(*folders), block=task.block_size, target=task.target)
     rows, length = data["input_ids"].shape
-    warn(f"cut {task.data} into {rows} rows of {length} tokens")
-    return data
+    warn(f"cut {name} into {rows} rows of {length} tokens")
+    return Batches.of(data, batch_size=task.batch_size or TEXTS)
 
 
 def whole_batches(data: Any, size: int, limit: int | None, name: str) -> Any:

@@ -82,7 +82,7 @@ class Task:
     loss: str | None = None
     "cross-entropy, bce, mse, kl, poisson-nll, gaussian-nll, or code: a function loss(model, batch)."
     data: str | None = None
-    "A .npz, safetensors, torch or CSV file, demo:NAME, or code that returns data; a text for a Hugging Face folder."
+    "A .npz, safetensors, torch or CSV file, demo:NAME, or code that returns data; texts for a Hugging Face folder."
     target: str | None = None
     "The column of a CSV file (or JSON lines) that is predicted; by default the last."
     block_size: Annotated[int | None, Parameter(validator=Number(gte=1))] = None

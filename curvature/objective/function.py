@@ -173,6 +173,9 @@ def tensor_of(outputs: Any) -> Tensor:
     logits = getattr(outputs, "logits", None)
     if isinstance(logits, Tensor):
         return logits
+    first, last = getattr(outputs, "start_logits", None), getattr(outputs, "end_logits", None)
+    if isinstance(first, Tensor) and isinstance(last, Tensor):
+        return torch.stack([first, last], -1)  # (n, tokens, 2): where an answer begins, and where it ends
     if isinstance(outputs, list | tuple) and outputs and isinstance(outputs[0], Tensor):
         return outputs[0]
     raise BadObjective(

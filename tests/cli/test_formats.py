@@ -19,7 +19,6 @@ import curvature as cv
 from curvature.errors import BadFile
 from curvature.io.data import read_data
 from curvature.io.models import read_module
-from curvature.io.texts import task_of
 
 PARTS = ("--loss", "cross-entropy", "--data", "train.npz")
 LIT = """
@@ -225,153 +224,6 @@ def test_a_tensor_that_the_index_promises_and_no_file_has_is_named(folder, task)
 
 # Hugging Face
 
-WORDS = [
-    "to",
-    "be",
-    "or",
-    "not",
-    "that",
-    "is",
-    "the",
-    "question",
-    "whether",
-    "tis",
-    "nobler",
-    "in",
-    "mind",
-    "suffer",
-    "slings",
-    "and",
-    "arrows",
-    "of",
-]
-SIZES = {
-    "GPT2": {"n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0},
-    "Bert": {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
-             "max_position_embeddings": 16},
-}  # fmt: skip
-
-
-@pytest.fixture
-def tokenizer():
-    """Words separated by spaces, and the marks that BERT wants; made here, without the hub."""
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    marks = {
-        "unk_token": "[UNK]",
-        "pad_token": "[PAD]",
-        "mask_token": "[MASK]",
-        "cls_token": "[CLS]",
-        "sep_token": "[SEP]",
-    }
-    vocabulary = {word: index for index, word in enumerate([*marks.values(), *WORDS])}
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **marks)
-
-
-@pytest.fixture
-def make(folder, tokenizer):
-    """A tiny model of a class of transformers, saved as a folder with its tokenizer; what was saved is returned."""
-    import transformers
-
-    def saved(name: str, path: str = "model", **options):
-        kind = next(kind for kind in SIZES if name.startswith(kind))
-        torch.manual_seed(0)
-        config = getattr(transformers, f"{kind}Config")(vocab_size=len(tokenizer), **SIZES[kind], **options)
-        model = getattr(transformers, name)(config).eval()
-        transformers.utils.logging.disable_progress_bar()
-        model.save_pretrained(path)
-        tokenizer.save_pretrained(path)
-        return model
-
-    (folder / "text.txt").write_text(" ".join((WORDS * 7)[:100]))
-    return saved
-
-
-def test_a_causal_model_and_a_text_are_enough(curv, make, tokenizer):
-    model = make("GPT2LMHeadModel")
-    objective = load_objective("model", Task(data="text.txt", block_size=9))
-    ids = torch.tensor(tokenizer("".join(Path("text.txt").read_text()), add_special_tokens=False)["input_ids"])
-    rows = torch.stack([ids[i : i + 10] for i in range(0, 99, 9)])  # each begins where the last one ended
-    own = model(input_ids=rows, labels=rows).loss  # which shifts by itself
-    assert objective.value() == pytest.approx(own.item(), rel=1e-5)
-    said = curv("trace", "model", "--data", "text.txt", "--params", "*ln_f*", "--operator", "ggn", "--block-size", 9)
-    assert said.code == 0
-    assert said.err.splitlines()[:2] == [
-        "curv: cut text.txt into 11 rows of 9 tokens",
-        "curv: model predicts the next token, so the loss is cross-entropy",
-    ]
-
-
-def test_arrays_for_a_causal_model_are_as_its_own_loss_takes_them(make):
-    model = make("GPT2LMHeadModel")
-    ids = torch.randint(5, 12, (4, 10))
-    mask = torch.ones_like(ids)
-    mask[1, 6:] = 0
-    labels = ids.masked_fill(mask == 0, -100)
-    own = model(input_ids=ids, attention_mask=mask, labels=labels).loss.item()
-    for held in ({"labels": labels}, {}):
-        save_file({"input_ids": ids, "attention_mask": mask, **held}, "ids.safetensors")
-        assert load_objective("model", Task(data="ids.safetensors")).value() == pytest.approx(own, rel=1e-5)
-
-
-def test_a_masked_model_and_a_text(make, tokenizer):
-    model = make("BertForMaskedLM")
-    objective = load_objective("model", Task(data="text.txt"))
-    again = load_objective("model", Task(data="text.txt"))
-    assert objective.fingerprint == again.fingerprint
-    batch = next(iter(objective.batches))
-    seen, labels = batch["input_ids"], batch["labels"]
-    hidden = labels != -100
-    assert (
-        seen.shape == (7, 16)
-        and (seen[:, 0] == tokenizer.cls_token_id).all()
-        and (seen[:, -1] == tokenizer.sep_token_id).all()
-    )
-    assert 0.05 < hidden.float().mean() < 0.3 and not hidden[:, [0, -1]].any()
-    assert (seen[~hidden] != tokenizer.mask_token_id).all() and (
-        seen[hidden] == tokenizer.mask_token_id
-    ).float().mean() > 0.5
-    truth = torch.tensor(tokenizer(Path("text.txt").read_text(), add_special_tokens=False)["input_ids"])[: 7 * 14]
-    assert torch.equal(torch.where(hidden, labels, seen)[:, 1:-1].flatten(), truth)
-    assert objective.value() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("written", ["csv", "jsonl", "pairs"])
-def test_a_classifier_and_a_table_of_texts(make, tokenizer, written):
-    names = {0: "bad", 1: "good", 2: "both"}
-    model = make(
-        "BertForSequenceClassification", num_labels=3, id2label=names, label2id={v: k for k, v in names.items()}
-    )
-    texts, others = ["to be", "or not to be", "that is the question"], ["slings", "and arrows", "of mind"]
-    labels = ["good", "bad", "both"]
-    rows = {
-        "csv": "text,label\n" + "".join(f"{t},{y}\n" for t, y in zip(texts, labels, strict=True)),
-        "jsonl": "".join(
-            json.dumps({"text": t, "label": names_of}) + "\n" for t, names_of in zip(texts, (1, 0, 2), strict=True)
-        ),
-        "pairs": "label,first,second\n"
-        + "".join(f"{y},{t},{o}\n" for t, o, y in zip(texts, others, labels, strict=True)),
-    }
-    Path("rows").write_text(rows[written])
-    objective = load_objective("model", Task(data="rows", target="label" if written == "pairs" else None))
-    pair = (texts, others) if written == "pairs" else (texts,)
-    encoded = tokenizer(*pair, padding=True, return_tensors="pt")
-    own = model(**encoded, labels=torch.tensor([1, 0, 2])).loss.item()
-    assert objective.value() == pytest.approx(own, rel=1e-5)
-    Path("rows").write_text("text,label\nto be,great\n")
-    with pytest.raises(BadFile, match=r"rows has the label 'great', but the model has bad, good, both\."):
-        load_objective("model", Task(data="rows"))
-
-
-def test_a_regression_and_a_table_of_texts(make, tokenizer):
-    model = make("BertForSequenceClassification", num_labels=1)
-    Path("rows.csv").write_text("text,score\nto be,0.5\nor not,-1\n")
-    encoded = tokenizer(["to be", "or not"], padding=True, return_tensors="pt")
-    own = F.mse_loss(model(**encoded).logits.flatten(), torch.tensor([0.5, -1.0])).item()
-    assert load_objective("model", Task(data="rows.csv")).value() == pytest.approx(own, rel=1e-5)
-
 
 @pytest.mark.parametrize("how", ["shards", "bin", "bin shards"])
 def test_a_folder_however_its_weights_are_written(make, folder, how):
@@ -397,26 +249,6 @@ def test_the_weights_of_a_folder_fit_another_architecture(curv, folder, task, to
     (folder / "model" / "config.json").write_text('{"model_type": "mine"}')
     save_file(net.state_dict(), "model/model.safetensors")
     agrees(curv("trace", "model", "--arch", "./task.py:Net", *PARTS, "--format", "json"), exact(net, task))
-
-
-def test_what_a_folder_does_not_say_is_asked_for(make, folder):
-    make("BertModel")
-    with pytest.raises(Misuse, match=r"model says nothing about data\."):
-        load_objective("model", Task())
-    save_file({"input_ids": torch.ones(2, 3).long(), "labels": torch.ones(2)}, "ids.safetensors")
-    with pytest.raises(Misuse, match=r"does not tell what its BertModel is trained for\."):
-        load_objective("model", Task(data="ids.safetensors"))
-    with pytest.raises(BadFile, match=r"how BertModel is trained on one is not known here"):
-        load_objective("model", Task(data="text.txt"))
-    make("GPT2LMHeadModel", "other")
-    (folder / "other" / "tokenizer_config.json").unlink()
-    with pytest.raises(BadFile, match=r"other has no tokenizer, so that it cannot read a text\."):
-        load_objective("other", Task(data="text.txt"))
-    with pytest.raises(ValueError, match=r"takes at most 16 tokens at a time, but a block of 17"):
-        make("GPT2LMHeadModel", "third") and load_objective("third", Task(data="text.txt", block_size=17))
-    (folder / "short.txt").write_text("to")
-    with pytest.raises(BadFile, match=r"short\.txt has 1 tokens, too few to predict one\."):
-        load_objective("third", Task(data="short.txt"))
 
 
 # Adapters
@@ -603,7 +435,3 @@ def test_a_column_that_is_not_there_is_misuse(curv, task):
     assert said.code == 2 and "t.csv has no column 'z', but a, b, c, y." in said.err
     said = curv("trace", "./task.py:stock", *PARTS, "--target", "y")
     assert said.code == 2 and "A target is a column of a table in text, which train.npz is not." in said.err
-
-
-def test_the_task_of_a_module_that_has_none():
-    assert task_of(nn.Linear(2, 2)) is None
