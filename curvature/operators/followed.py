@@ -136,12 +136,15 @@ def candidates(module: nn.Module, params: Mapping[str, Tensor]) -> tuple[list[La
     layers, others = [], {}
     for path, part in module.named_modules():
         own, kind = {}, recognised(part)
+        empty = any(not p.numel() for p in part.parameters(recurse=False))
         for name, p in part.named_parameters(recurse=False):
             full = f"{path}.{name}".lstrip(".")
             if full not in params:
                 continue
             if len(names[id(p)]) > 1:
                 others[full] = f"shared with {', '.join(name for name in names[id(p)] if name != full)}"
+            elif empty:
+                others[full] = f"{type(part).__name__} has parameters without entries"
             elif kind is None or name not in ("weight", "bias"):
                 others[full] = f"{type(part).__name__} has no factors"
             else:

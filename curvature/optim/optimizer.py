@@ -178,6 +178,9 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         for slab in self.slabs:
             block, rule = slab.block, type(slab.rule).__name__
             rows += [(n, tuple(p.shape), rule, slab.reason) for n, p in zip(block.names, block.params, strict=True)]
+        for group in self.param_groups:
+            named = zip(self._names(group), group["params"], strict=True)
+            rows += [(n, tuple(p.shape), "none", "no entries") for n, p in named if not p.numel()]
         return Routing(tuple(rows))
 
     def operator(self, *, copy: bool = False) -> LinearOperator:
@@ -187,7 +190,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         first step.
         """
         params = {n: p for slab in self.slabs for n, p in zip(slab.block.names, slab.block.params, strict=True)}
-        ordered = {n: params[n] for group in self.param_groups for n in self._names(group)}
+        ordered = {n: params[n] for group in self.param_groups for n in self._names(group) if n in params}
         widest = torch.promote_types(next(iter(ordered.values())).dtype, torch.float32)
         space = ParamSpace.of({n: p.detach().to(widest) for n, p in ordered.items()})
         places = space.places("parameter")
@@ -293,10 +296,11 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         return Evidence(momentum, momentum, steps, objective=slab.objective)
 
     def _partition(self, group: dict[str, Any]) -> list[Slab]:
-        """The blocks of a group: of the rule, and of the fallback for what it refuses."""
+        """The blocks of a group: of the rule, and of the fallback for what it refuses. What has no entries is in none."""
         taken: list[tuple[str, Tensor, Role]] = []
         refused: dict[str, list[tuple[str, Tensor, Role]]] = {}
-        for name, p in zip(self._names(group), group["params"], strict=True):
+        named = zip(self._names(group), group["params"], strict=True)
+        for name, p in ((name, p) for name, p in named if p.numel()):
             role = role_of(name, p, self.roles)
             reason = self.preconditioner.refuses(Block((name,), (p,), self.preconditioner.grain, role))
             (taken if reason is None else refused.setdefault(reason, [])).append((name, p, role))

@@ -385,6 +385,30 @@ def test_it_says_which_rule_takes_what(case):
     assert all(reason for *_, reason in rows) and "parameter" in str(optimizer.routing)
 
 
+def test_parameters_without_entries_do_no_harm(case):
+    class Hollow(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Embedding(7, 2), nn.Flatten(), nn.Linear(4, 3))
+            with pytest.warns(UserWarning, match="zero-element"):
+                self.layer = nn.Linear(4, 0)
+            self.none, self.rows, self.columns = (nn.Parameter(torch.empty(*s)) for s in ((0,), (0, 5), (5, 0)))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self[1](self[0](tokens))
+            nothing = (self.layer(x), self.none, self.rows, self.columns)
+            return self[2](x) + sum(t.sum() for t in nothing)
+
+    net, full = Hollow(), nn.Sequential(nn.Embedding(7, 2), nn.Flatten(), nn.Linear(4, 3))
+    full.load_state_dict({name: t for name, t in net.state_dict().items() if name[0].isdigit()})
+    optimizer, other = case.make(net.named_parameters()), case.make(full.named_parameters())
+    for batch in batches(4):
+        assert case.step(net, optimizer, batch) == case.step(full, other, batch)
+    resumed = case.make(net.named_parameters())
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert optimizer.operator().shape == other.operator().shape
+    assert {row[2:] for row in optimizer.routing.rows[-5:]} == {("none", "no entries")}
+
+
 def test_before_a_step_there_is_no_matrix(case):
     with pytest.raises(ValueError, match="took no step yet"):
         case.make(awkward().named_parameters()).operator()
