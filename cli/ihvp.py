@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from .load import STRUCTURED, load_checked, operator_of, test_of
+from .load import STRUCTURED, load_checked, on_test, operator_of
 from .options import Damping, Matrix, Misuse, Output, Positive, Seed, Task, Test, Tolerance
 from .output import deliver, emit, prepare
 
@@ -66,7 +66,7 @@ def ihvp(
         case name:
             near = operator_of(objective, Matrix(operator=name))
     M = None if near is None else cv.inverse(near, damping=damping)
-    g = (objective if test is None else test_of(objective, test, task)).gradient()
+    g = (objective if test is None else on_test(objective, test, model, task)).gradient()
     options: Any = {"method": method, "preconditioner": M, "rtol": rtol, "max_steps": max_steps}
     try:
         deliver(lambda run: cv.solve(A, g, damping=damping, run=run, **options), output, "ihvp")

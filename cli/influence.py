@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from .load import load_checked, operator_of, test_of
+from .load import load_checked, on_test, operator_of
 from .options import Damping, Matrix, Misuse, Output, Positive, Task, Test, Tolerance
 from .output import deliver, prepare
 
@@ -66,6 +66,6 @@ def influence(
     if test is None:
         deliver(lambda run: cv.self_influence(train, inverse, top=top, run=run), output, "influence")
         return
-    tests = test_of(train, test, task)
+    tests = on_test(train, test, model, task)
     asked = tests if each else tests.gradient()
     deliver(lambda run: cv.influence(train, asked, inverse, top=top, run=run), output, "influence")

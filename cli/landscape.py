@@ -75,7 +75,7 @@ def landscape(
     import curvature as cv
 
     objective = load_objective(model, task)
-    options: dict[str, Any] = {"radius": radius, "crowd": crowd, "norm": norm, **looking(look)}
+    options: dict[str, Any] = {"radius": radius, "crowd": crowd, "norm": norm, **looking(look, objective, model, task)}
     options |= {} if points is None else {"points": points}
     steps = cv.positions(objective, [*(load_objective(name, task) for name in trajectory), objective])
     others = cv.positions(objective, [load_objective(name, task) for name in toward])

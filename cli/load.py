@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .code import as_script, called, import_from_here, is_spec, made_by, resolve
-from .data import data_of, parts_of_folder, say_all, whole_batches
+from .data import data_of, data_of_folder, parts_of_folder, say_all, whole_batches
 from .options import Look, Matrix, Misuse, Task
 from .output import warn
 
@@ -64,14 +64,34 @@ def load_checked(model: str | None, task: Task) -> cv.Objective:
     return objective
 
 
-def test_of(objective: cv.Objective, name: str, task: Task) -> cv.Objective:
+def on_test(objective: cv.Objective, name: str, model: str | None, task: Task) -> cv.Objective:
     """The loss alone, without a regulariser, of the data that --test names, at the same parameters."""
-    return replace(objective.on(data_of(name), **_cut(task)), l2=0.0)
+    return replace(objective.on(other_data(name, objective, model, task)), l2=0.0)
 
 
-def looking(look: Look) -> dict[str, Any]:
+def looking(look: Look, objective: cv.Objective, model: str | None, task: Task) -> dict[str, Any]:
     """The options of what is looked at, as the library takes them."""
-    return {"accuracy": look.accuracy, "held_out": data_of(look.held_out)}
+    return {"accuracy": look.accuracy, "held_out": other_data(look.held_out, objective, model, task)}
+
+
+def other_data(name: str | None, objective: cv.Objective, model: str | None, task: Task) -> Any:
+    """What --held-out or --test name, read and cut as --data is for the objective of MODEL; None for no name."""
+    from curvature.io.models import fixed_batch
+    from curvature.io.recognise import is_text
+    from curvature.objective.batches import Batches, whole
+
+    if name is None:
+        return None
+    module = objective.function.module
+    if model is not None and _is_folder(model, task):
+        data = data_of_folder(name, Path(model), module, task)
+    else:
+        data = data_of(name, task.target if Path(name).is_file() and is_text(name) else None)
+    if (size := fixed_batch(module)) is not None:
+        return whole_batches(data, size, None, model or name)
+    if isinstance(data, Batches):
+        return data
+    return objective.on(data, **(_cut(task) if whole(data) else {})).batches
 
 
 def load_objective(model: str | None, task: Task) -> cv.Objective:
@@ -132,7 +152,7 @@ def _from_file(path: str, task: Task) -> cv.Objective:
             path, trust=task.trust, arch=make, data=data_of(task.data, task.target), **_cut(task)
         )
         return _adjusted(objective, task, loaded=True)
-    if arch is None and kind in (FileKind.HUGGING_FACE, FileKind.ADAPTER):
+    if _is_folder(path, task):
         module, data, task = parts_of_folder(Path(path), task)
         return _from_made(module, path, task, data)
     _need_loss_and_data(path, task, arch is None and kind in WEIGHTS)  # before the file is opened: it may be large
@@ -140,6 +160,15 @@ def _from_file(path: str, task: Task) -> cv.Objective:
         module, notes = read_module(path, arch=arch, trust=task.trust, allow=task.allow_global)
     say_all(notes)
     return _from_made(module, path, task, data_of(task.data, task.target))
+
+
+def _is_folder(model: str, task: Task) -> bool:
+    """Whether MODEL is a Hugging Face folder, or an adapter, that says itself what its model is."""
+    from curvature.io.recognise import FileKind, recognise
+
+    if task.arch is not None or task.objective is not None or model.startswith("demo:") or is_spec(model):
+        return False
+    return recognise(model) in (FileKind.HUGGING_FACE, FileKind.ADAPTER)
 
 
 def _from_made(made: Any, name: str, task: Task, data: Any) -> cv.Objective:

@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from .data import data_of
-from .load import load_checked
+from .load import load_checked, other_data
 from .options import NUMBERS, Many, Misuse, Output, Positive, Seed, Task, Test
 from .output import deliver, prepare
 
@@ -66,7 +65,8 @@ def optim(
     rates = _rates(lr)
     objective = load_checked(model, task)
     objective = cv.optim.restarted(objective, seed=seed) if start == "fresh" else objective
-    options: Any = {"lrs": rates, "steps": steps, "minibatch": minibatch, "repeats": repeats, "held_out": data_of(test)}
+    others = other_data(test, objective, model, task)
+    options: Any = {"lrs": rates, "steps": steps, "minibatch": minibatch, "repeats": repeats, "held_out": others}
     options |= {"optimizers": optimizer} if optimizer else {}
     deliver(lambda run: cv.optim.benchmark(objective, seed=seed, run=run, **options), output, "optim", over=over)
 

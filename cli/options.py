@@ -141,7 +141,7 @@ class Look:
     accuracy: Annotated[bool, Parameter(negative=())] = False
     "The share of right answers, too."
     held_out: Annotated[str | None, Parameter(group=TASK)] = None
-    "Other data, named as --data is: all that is asked for of them, too."
+    "Other data, named and read as --data is: all that is asked for of them, too."
 
 
 @Parameter(name="*", group=NUMBERS)

@@ -68,7 +68,13 @@ def path(
 
     start, end = load_objective(model, task), load_objective(other, task)
     end = cv.align(start, end, seed=seed) if align else end
-    along: Any = {"points": points, "beyond": beyond, "refine": refine, "norm": norm, **looking(look)}
+    along: Any = {
+        "points": points,
+        "beyond": beyond,
+        "refine": refine,
+        "norm": norm,
+        **looking(look, start, model, task),
+    }
     if kind == "line":
         deliver(lambda run: cv.interpolate(start, end, run=run, **along), output, "path")
     else:

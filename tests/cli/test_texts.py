@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from curvature_cli.load import load_objective
+from curvature_cli.load import load_objective, on_test
 from curvature_cli.options import Misuse, Task
+from hugging_face import WORDS
 from safetensors.torch import save_file
 from torch import nn
 
+import curvature as cv
 from curvature.errors import BadFile
 from curvature.io.tasks import task_of
 
@@ -212,6 +214,47 @@ def test_a_table_of_texts_that_does_not_suffice(make, model, text, words):
     with pytest.raises(BadFile, match=words) as error:
         load_objective("model", Task(data="rows"))
     assert error.value.fix
+
+
+def test_other_texts_are_read_as_the_data_are(curv, make):
+    make("GPT2LMHeadModel")
+    Path("other.txt").write_text(" ".join((WORDS[::-1] * 3)[:40]))
+    options = ("--block-size", 9, "--params", "*ln_f*", "--points", 3, "--axes", 1, "--out", "run", "--format", "quiet")
+    said = curv("landscape", "model", "--data", "text.txt", "--held-out", "other.txt", *options)
+    assert said.code == 0 and "curv: cut other.txt into 4 rows of 9 tokens" in said.err
+    found = cv.Landscape.load("run")
+    alone = load_objective("model", Task(data="other.txt", block_size=9)).value()
+    assert float(found.held_out_loss[1]) == pytest.approx(alone, rel=1e-6) != pytest.approx(float(found.loss[1]))
+    task = Task(data="text.txt", block_size=9, batch_size=3, l2=0.1)
+    objective = load_objective("model", task)
+    rows = {"input_ids": torch.randint(5, 12, (4, 10))}
+    save_file(rows, "other.safetensors")
+    arrays = load_objective("model", Task(data="other.safetensors")).value()
+    asked = on_test(objective, "other.safetensors", "model", task)
+    assert asked.value() == pytest.approx(arrays, rel=1e-6) and [len(b["labels"]) for b in asked.batches] == [3, 1]
+
+
+def test_held_out_tables_have_the_same_target(curv, make, task):
+    Path("t.csv").write_text("y,a,b,c\n1,1,2,3\n0,4,5,6\n1,7,8,8\n")
+    options = (
+        "--loss",
+        "cross-entropy",
+        "--target",
+        "y",
+        "--points",
+        3,
+        "--axes",
+        1,
+        "--out",
+        "run",
+        "--format",
+        "quiet",
+    )
+    assert curv("landscape", "./task.py:stock", "--data", "t.csv", "--held-out", "t.csv", *options).code == 0
+    found = cv.Landscape.load("run")
+    assert torch.equal(found.held_out_loss, found.loss)
+    said = curv("landscape", "./task.py:stock", "--data", "t.csv", "--held-out", "train.npz", *options, "--overwrite")
+    assert said.code == 0
 
 
 def test_what_a_folder_does_not_say_is_asked_for(make, folder):
