@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curvature.errors import NonFinite
 from curvature.linalg.operator import LinearOperator
 from curvature.linalg.space import Space
 
@@ -238,6 +239,8 @@ def _from_right(factor: Tensor, X: Tensor) -> Tensor:
 
 def _decomposed(factor: Tensor, *, psd: bool) -> tuple[Tensor, Tensor | None]:
     """Eigenvalues and eigenvectors of a factor; of a diagonal one None."""
+    if factor.ndim > 1 and not factor.isfinite().all():
+        raise NonFinite("A matrix has entries that are not finite, and no eigenvalues.", "Check what it is made of.")
     values, vectors = (factor, None) if factor.ndim == 1 else torch.linalg.eigh((factor + factor.mT) / 2)
     return (values.clamp(min=0) if psd else values), vectors
 

@@ -189,6 +189,8 @@ class QuadraticModel:
         last = [m.block.gathered([view["last"] for view in m.views]) * bool(m.rate) for m in trial.moves]
         slopes, bend, gram = (tensor.cpu() for tensor in trial.model(last))
         matrix = bend + memory.get("damping", 0.0) * gram
+        if not bool(matrix.isfinite().all()):
+            return  # the mini-batch has no model
         direct, again = torch.linalg.lstsq(matrix, -slopes[:, None], driver="gelsd").solution[:, 0].tolist()
         steps = [direct * step + again * before for step, before in zip(steps, last, strict=True)]
         for move, step in zip(trial.moves, steps, strict=True):

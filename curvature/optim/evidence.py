@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -21,7 +23,8 @@ class Evidence:
     `step` counts the steps of the parameters, this one included: (stack, 1), so that it broadcasts over rows, or (1, 1)
     for a block of the whole model; `taken` counts those of the group, without this one, on the host. `run` is the seed
     of the whole training. `objective` is the mini-batch as a function of the parameters where they are now, of those of
-    the block alone and in its order, for rules that ask for it. `drawn` are random signs (k, n) and the products of the
+    the block alone and in its order, for rules that ask for it: it is made when it is first looked at, by `place`,
+    which copies parameters. `drawn` are random signs (k, n) and the products of the
     Hessian with them, where they came along with the gradient.
     """
 
@@ -29,9 +32,13 @@ class Evidence:
     momentum: Float[Tensor, " n"]
     step: Float[Tensor, "b 1"]
     run: int = 0
-    objective: Objective | None = None
+    place: Callable[[], Objective] | None = None
     taken: int = 0
     drawn: Drawn | None = None
+
+    @cached_property
+    def objective(self) -> Objective | None:
+        return None if self.place is None else self.place()
 
     @property
     def seed(self) -> int:

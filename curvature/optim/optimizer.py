@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypedDict, get_args
 
 import torch
@@ -58,7 +58,7 @@ class Slab:
     momentum: Momentum
     state: State = field(default_factory=dict)
     begun: set[int] = field(default_factory=set)
-    objective: Objective | None = None  # of the last step, for rules that ask for it
+    place: Callable[[], Objective] | None = None  # makes that of the last step, or gives it again
 
 
 class PreconditionedOptimizer(torch.optim.Optimizer):
@@ -209,30 +209,30 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     def _moves(self, slab: Slab, objective: Objective | None) -> list[Move]:
         """What the step does to the parameters of a block; nothing where none has a gradient."""
         block, rule, group = slab.block, _rule(slab), slab.group
-        evidence_of = None
+        place = None
         if objective is not None and "objective" in rule.needs:
-            evidence_of = slab.objective = self._placed(objective, block)
+            place = slab.place = cache(partial(self._placed, objective, block))
         moved = [p.grad is not None for p in block.params]
         backward = any(moved)
-        if not backward and evidence_of is not None:  # the gradient is that of the objective
+        if not backward and place is not None:  # the gradient is that of the objective
             moved = [p.requires_grad for p in block.params]
         rows = [i for i, moves in enumerate(moved) if moves]
         if not rows:
             return []
         if len(rows) < block.stack and block.grain == "shape":
             block, moved = block.some(rows), [True] * len(rows)
-            evidence_of = None if evidence_of is None else self._placed(evidence_of, block)
+            place = None if place is None else cache(partial(self._placed, place(), block))
         drawn = None
         if backward:
             grad = block.gathered([torch.zeros_like(p) if p.grad is None else _dense(p.grad) for p in block.params])
         else:
-            assert evidence_of is not None
-            grad, drawn = self._differentiated(slab, evidence_of, rows)
+            assert place is not None
+            grad, drawn = self._differentiated(slab, place(), rows)
         grad = -grad if group["maximize"] else grad
         state = slab.state
         if block.stack < slab.block.stack:
             state = {name: t if name.startswith(WHOLE) else t[rows] for name, t in slab.state.items()}
-        direction, grad = self._direction(slab, state, block, rows, grad, evidence_of, drawn)
+        direction, grad = self._direction(slab, state, block, rows, grad, place, drawn)
         if state is not slab.state:
             for name, tensor in state.items():
                 if not name.startswith(WHOLE):
@@ -262,25 +262,47 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         block: Block,
         rows: list[int],
         grad: Float[Tensor, " n"],
-        objective: Objective | None,
+        place: Callable[[], Objective] | None,
         drawn: Drawn | None,
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         """The finished direction of a block, and the gradient where it is finite; updates the state."""
         steps, rule = _count("step", state).view(-1, 1), slab.rule
         due = _due(slab, rule, rows)
-        grad, fine = _guarded(grad, state, block, due and rule.every > 1)
+        asks = "objective" in rule.needs
+        look, before = due and (rule.every > 1 or asks), _count("failures", state)
+        before = before.clone() if asks else before
+        grad, fine = _guarded(grad, state, block, look)
         steps += 1 if fine is None else fine
         momentum = _momentum(slab)
         averaged = grad if momentum.after else momentum(state, grad, steps)
-        evidence = Evidence(grad, averaged, steps, self.seed, objective, slab.group["taken"], drawn)
+        evidence = Evidence(grad, averaged, steps, self.seed, place, slab.group["taken"], drawn)
         kept = rule.update(state, block, evidence, due)
-        operator = self._operator(slab, rule, state, block, evidence)
-        direction = operator.apply((averaged if kept is None else kept)[None])[0]
+        direction = self._multiplied(slab, rule, state, block, evidence, averaged if kept is None else kept)
+        if asks:  # the mini-batch may have no finite matrix where the gradient is finite
+            direction, good = _guarded(direction, state, block, look, before)
+            fine = good if fine is None else fine if good is None else fine & good
         if momentum.after:
             direction = momentum(state, _where(fine, direction), steps)
         for finish in self.finish if slab.covered else ():
             direction = finish(state, block, direction, evidence)
         return _where(fine, direction), grad
+
+    def _multiplied(
+        self,
+        slab: Slab,
+        rule: Preconditioner,
+        state: State,
+        block: Block,
+        evidence: Evidence,
+        vector: Float[Tensor, " n"],
+    ) -> Float[Tensor, " n"]:
+        """The matrix of a rule times a vector; not a number where that of the mini-batch is none."""
+        try:
+            return self._operator(slab, rule, state, block, evidence).apply(vector[None])[0]
+        except NonFinite:
+            if "objective" not in rule.needs:
+                raise
+            return torch.full_like(vector, math.nan)
 
     def _operator(
         self, slab: Slab, rule: Preconditioner, state: State, block: Block, evidence: Evidence
@@ -293,10 +315,10 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         block = slab.block
         steps = _count("step", state).view(-1, 1)
         momentum = state["momentum"].view(-1) if "momentum" in state else block.zeros().view(-1)
-        return Evidence(momentum, momentum, steps, objective=slab.objective)
+        return Evidence(momentum, momentum, steps, place=slab.place)
 
     def _partition(self, group: dict[str, Any]) -> list[Slab]:
-        """The blocks of a group: of the rule, and of the fallback for what it refuses. What has no entries is in none."""
+        """The blocks of a group: of the rule, and of the fallback for what it refuses; in none what has no entries."""
         taken: list[tuple[str, Tensor, Role]] = []
         refused: dict[str, list[tuple[str, Tensor, Role]]] = {}
         named = zip(self._names(group), group["params"], strict=True)
@@ -453,19 +475,27 @@ def _count(name: str, state: State) -> Tensor:
     return state[name] if name in state else state[WHOLE + name]
 
 
-def _guarded(grad: Float[Tensor, " n"], state: State, block: Block, look: bool) -> tuple[Tensor, Tensor | None]:
-    """The gradient, zero for each parameter where it is not finite, and which are finite (b, 1): None if that is known
-    of all. Counts failures; NonFinite after three in a row, on a device whose values cost time only where to `look`."""
+def _guarded(
+    vector: Float[Tensor, " n"], state: State, block: Block, look: bool, before: Float[Tensor, " b"] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """A gradient, zero for each parameter where it is not finite, and which are finite (b, 1): None if that is known of
+    all. Counts failures; NonFinite after three in a row, on a device whose values cost time only where to `look`.
+
+    With the number of failures `before` this step it is a direction, of which the gradients have been counted."""
     failures = _count("failures", state)
-    near = grad.device.type == "cpu"
-    if near and math.isfinite(grad.sum().item()):
-        failures.zero_()
-        return grad, None
-    fine = grad.view(len(failures), -1).sum(1, keepdim=True).abs() < math.inf
-    failures.add_(1).mul_(~fine.view(-1))
+    near = vector.device.type == "cpu"
+    if near and math.isfinite(vector.sum().item()):
+        if before is None:
+            failures.zero_()
+        return vector, None
+    fine = vector.view(len(failures), -1).sum(1, keepdim=True).abs() < math.inf
+    if before is None:
+        failures.add_(1).mul_(~fine.view(-1))
+    else:
+        failures.copy_(torch.where(fine.view(-1), failures, before + 1))
     if near or look:
-        _check_failures(failures, block)
-    return _where(fine, grad), fine
+        _check_failures(failures, block, "gradients" if before is None else "directions")
+    return _where(fine, vector), fine
 
 
 def _where(fine: Bool[Tensor, "b 1"] | None, vector: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
@@ -479,12 +509,12 @@ def _dense(grad: Tensor) -> Tensor:
     return grad
 
 
-def _check_failures(failures: Float[Tensor, " b"], block: Block) -> None:
+def _check_failures(failures: Float[Tensor, " b"], block: Block, what: str) -> None:
     worst = int(failures.argmax())
     if float(failures[worst]) >= FAILURES:
         name = block.names[worst if block.grain == "shape" else 0]
         raise NonFinite(
-            f"The gradients of {name} were not finite in {int(failures[worst])} steps in a row.",
+            f"The {what} of {name} were not finite in {int(failures[worst])} steps in a row.",
             "Lower the learning rate, or clip gradients; the parameters are those before these steps.",
         )
 

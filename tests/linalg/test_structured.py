@@ -117,6 +117,13 @@ def test_what_is_singular_is_inverted_only_with_damping():
     assert torch.isfinite(cv.inverse(A, damping=0.1).dense()).all()
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_what_is_not_finite_has_no_eigenvalues(bad):
+    A = cv.Dense(torch.eye(3).fill_diagonal_(bad), psd=True)
+    with pytest.raises(cv.NonFinite, match="entries that are not finite, and no eigenvalues"):
+        cv.inverse(A, damping=1.0)
+
+
 def test_powers_that_negative_eigenvalues_have_are_taken():
     A = cv.Diagonal(torch.tensor([-2.0, 4.0]))
     assert cv.inverse(A).entries.tolist() == [-0.5, 0.25]

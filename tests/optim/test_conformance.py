@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import curvature as cv
 from curvature.errors import NonFinite
+from curvature.optim import PSGD
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -362,6 +363,34 @@ def test_a_gradient_that_stays_infinite_ends_the_run(case):
     assert all(p.isfinite().all() for p in net.parameters())
 
 
+def test_a_mini_batch_that_is_not_finite_moves_nothing_and_ends_the_run_if_it_stays(case):
+    if not case.objective:
+        pytest.skip("takes gradients alone")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+    optimizer = case.make(net.named_parameters())
+    x, y = torch.eye(3).repeat(4, 1), torch.arange(12) % 3
+    bad = x.clone()
+    bad[0, 0] = float("inf")
+
+    def step(inputs: Tensor) -> float:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(net(x), y)
+        loss.backward()
+        optimizer.step(objective=cv.Objective.of(net, "cross-entropy", [(inputs, y)]))
+        return loss.item()
+
+    losses = [step(x)] + [step(bad) for _ in range(2)] + [step(x) for _ in range(20)]
+    assert losses[-1] < losses[0] and all(p.isfinite().all() for p in net.parameters())
+    if case.kind is PSGD:
+        return  # Q stays as it is, and gradients lead on
+    with pytest.raises(NonFinite, match=r"were not finite,? (in )?3 \w+"):
+        for _ in range(30):
+            step(bad)
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
 def test_its_matrix_is_symmetric_positive_definite_and_what_momentum_is_multiplied_by(case):
     net = awkward()
     optimizer = case.make(net.named_parameters(), weight_decay=0.0)
@@ -486,6 +515,21 @@ def test_sparse_gradients_are_refused(case):
 def test_what_it_cannot_do_it_refuses(case, kwargs, message):
     with pytest.raises(ValueError, match=message):
         case.make(awkward().named_parameters(), **kwargs)
+
+
+def test_an_objective_that_is_not_asked_for_is_not_made(case, monkeypatch):
+    if not case.objective:
+        pytest.skip("takes gradients alone")
+    net, asked, made = awkward(), [], []
+    optimizer = case.make(net.named_parameters())
+    case.step(net, optimizer, batches(1)[0])
+    placed = type(optimizer)._placed
+    monkeypatch.setattr(type(optimizer), "_placed", lambda *args: made.append(1) or placed(*args))
+    for batch in batches(3, seed=1):
+        asked.append(optimizer._asked() or case.kind is PSGD)
+        made.clear()
+        case.step(net, optimizer, batch)
+        assert bool(made) == asked[-1]
 
 
 def test_without_the_objective_it_says_what_to_pass(case):

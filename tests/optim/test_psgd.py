@@ -44,7 +44,7 @@ def fitted(
     for t in range(count):
         now = replace(rule, rate=max(least, rule.rate * (1 - t / count) ** 2))
         h = sample(t).flatten().to(block.dtype)
-        now.update(state, block, Evidence(h, h, steps, run=t, objective=of), True)
+        now.update(state, block, Evidence(h, h, steps, run=t, place=None if of is None else lambda: of), True)
     return rule.operator(state, block, Evidence(h, h, steps), None).dense(), state
 
 

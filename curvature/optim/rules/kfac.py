@@ -26,9 +26,10 @@ from curvature.optim.update import ClipKL, Finish, Graft, Momentum
 
 Match = Literal["adam", "kl", "none"]
 
-FAILURES = 3  # decompositions in a row, after which training has come to an end
+FAILURES = 3  # decompositions, or mini-batches, in a row after which training has come to an end
 WHOLE = "block."  # how names of the state begin, and, for a layer or a parameter of that NAME, end
-SEEN, FAILED, PLACES, L2 = WHOLE + "seen", WHOLE + "failed", WHOLE + "places", WHOLE + "l2"
+SEEN, MISSED, FAILED = WHOLE + "seen", WHOLE + "missed", WHOLE + "failed"
+PLACES, L2 = WHOLE + "places", WHOLE + "l2"
 LEFT, RIGHT, SQUARE, MOMENTS = ".left", ".right", ".square", ".moments"
 VALUES, VECTORS = ".values", ".vectors"
 
@@ -85,11 +86,13 @@ class KroneckerFisher:
         return None
 
     def init(self, block: Block) -> State:
-        return {name: torch.zeros(1, dtype=torch.float64, device=block.space.device) for name in (SEEN, FAILED, L2)}
+        return {
+            name: torch.zeros(1, dtype=torch.float64, device=block.space.device) for name in (SEEN, MISSED, FAILED, L2)
+        }
 
     def update(self, state: State, block: Block, evidence: Evidence, due: bool) -> None:
         seen = self._seen(state, block, evidence, due)
-        if seen is None or not all(bool(tensor.isfinite().all()) for tensor in seen.fresh.values()):
+        if seen is None or not _finite(seen, state, block):
             return
         if PLACES in state:
             fresh = _fitted(seen, state)
@@ -134,6 +137,19 @@ class KroneckerFisher:
             blocks[name] = Diagonal((state[WHOLE + name + SQUARE] + shift).reciprocal_(), psd=True)
         places = Places(zip(blocks, state[PLACES].split([A.shape[0] for A in blocks.values()]), strict=True))
         return BlockDiagonal(blocks, places, block.space, source={"operator": "inverse of kfac", "damping": damping})
+
+
+def _finite(seen: Statistics, state: State, block: Block) -> bool:
+    """Whether statistics are; counts those in a row that are not, and raises NonFinite at the third."""
+    fine = all(bool(tensor.isfinite().all()) for tensor in seen.fresh.values())
+    state[MISSED] += 1
+    state[MISSED] *= not fine
+    if state[MISSED] >= FAILURES:
+        raise NonFinite(
+            f"The factors of {block.names[0]} and others were not finite in {FAILURES} mini-batches in a row.",
+            "Lower the learning rate, or look for what is not finite in the data.",
+        )
+    return fine
 
 
 def _average(state: State, fresh: State, weight: float) -> None:
