@@ -169,7 +169,7 @@ class Goal:
 
 @Parameter(name="*", group=OUTPUT)
 @dataclass(frozen=True)
-class Output:
+class Written:
     """Where the result goes."""
 
     out: Path | None = None
@@ -177,12 +177,6 @@ class Output:
     format: Format = "human"
     overwrite: Annotated[bool, Parameter(negative=())] = False
     "Replace a result that is already in --out."
-    budget: Annotated[str | None, Parameter(group=NUMBERS, validator=_checked_budget)] = None
-    "Stop after 60s, 10m, 2h or 200hvp (products), with what there is then. Products stop at the same place every time."
-    resume: Annotated[bool, Parameter(negative=())] = False
-    "Keep what is computed in --out as it comes, and go on from there when the same command is started again."
-    progress: Literal["auto", "bar", "log", "none"] = "auto"
-    "A bar on terminals, a line every 10 s elsewhere, on standard error."
     threads: Annotated[int | None, Parameter(validator=Number(gte=1))] = None
     "CPU threads; bits may depend on them."
     debug: Annotated[bool, Parameter(negative=())] = False
@@ -190,3 +184,16 @@ class Output:
     config: Config = None
     fail_on: Annotated[tuple[str, ...], Parameter(group=GATES, negative=(), show_default=False)] = ()
     "End with exit code 10 where this holds, as 'lambda_max > 100', with >, >=, < or <=; may be repeated."
+
+
+@Parameter(name="*", group=OUTPUT)
+@dataclass(frozen=True)
+class Output(Written):
+    """Where the result of work that may take long goes, and when it stops."""
+
+    budget: Annotated[str | None, Parameter(group=NUMBERS, validator=_checked_budget)] = None
+    "Stop after 60s, 10m, 2h or 200hvp (products), with what there is then. Products stop at the same place every time."
+    resume: Annotated[bool, Parameter(negative=())] = False
+    "Keep what is computed in --out as it comes, and go on from there when the same command is started again."
+    progress: Literal["auto", "bar", "log", "none"] = "auto"
+    "A bar on terminals, a line every 10 s elsewhere, on standard error."

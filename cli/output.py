@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .gates import Gate, check
-from .options import Misuse, Output, parsed_budget
+from .options import Misuse, Output, Written, parsed_budget
 
 if TYPE_CHECKING:
     import curvature as cv
@@ -26,17 +26,24 @@ PATIENCE = 10.0  # seconds between lines of progress where there is no terminal
 def prepare(output: Output, command: str, *, products: bool = True) -> None:
     """Refuse, before any work is done, what could not be done or written afterwards; set the number of threads.
     `products` says whether the command takes any with a matrix."""
-    for gate in output.fail_on:
-        Gate.of(gate)
     if output.budget is not None and "products" in parsed_budget(output.budget) and not products:
         raise Misuse(f"curv {command} takes no products with a matrix.", "Give a --budget of time, such as 10m.")
     if output.resume and output.out is None:
         raise Misuse("--resume is for work that is kept in --out.", "Pass --out DIR, too.")
+    prepare_written(
+        output, command, begun=output.resume and output.out is not None and _checkpoint(output.out).exists()
+    )
+
+
+def prepare_written(output: Written, command: str, *, begun: bool = False) -> None:
+    """The same for what every command is asked; `begun` says that what is in --out is to be gone on with."""
+    for gate in output.fail_on:
+        Gate.of(gate)
     if output.out is not None:
         from curvature.io.files import clear_stale
 
         clear_stale(output.out)
-        _check_folder(output.out, command, output.overwrite or (output.resume and _checkpoint(output.out).exists()))
+        _check_folder(output.out, command, output.overwrite or begun)
     if output.threads is not None:
         import torch
 

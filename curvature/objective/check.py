@@ -81,7 +81,7 @@ class Examination:
     rewrites: dict[str, int] = field(default_factory=dict)
     held: list[int] = field(default_factory=list)  # bytes of each tensor that the graph of the gradient holds
     written: list[str] = field(default_factory=list)  # buffers that a call writes to, and may compute with
-    asymmetry: float = 0.0
+    asymmetry: float | None = None
     difference: float | None = None
     products: int = 0  # with the Hessian, until now
 

@@ -18,9 +18,18 @@ from curvature.linalg.memory import peak_bytes
 from curvature.objective.check import PROBES, Examination, Seen, explained
 from curvature.objective.objective import Objective
 from curvature.operators.vitals import Plan, Trials, environment, mode, model, rewrites, terms
-from curvature.result import Cost, Origin, Part, Result
+from curvature.result import Cost, Origin, Part, Quantity, Result
 
 Status = Literal["ok", "warning", "failed", "skipped"]
+FIGURES = (
+    "asymmetry",
+    "difference",
+    "gradient_seconds",
+    "product_seconds",
+    "graph_bytes",
+    "forecast_seconds",
+    "forecast_bytes",
+)  # of a diagnosis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +48,17 @@ class Finding(Part):
 class Diagnosis(Result):
     """What was found about an objective, in the order in which it was asked.
 
-    Seconds are of one gradient and one product over the first batch, `graph_bytes` what the graph of its gradient
-    holds; the forecast is of the work that was asked about; None what was not measured. `rewrites` counts the calls of
-    one pass that are replaced to be twice differentiable.
+    Of the first batch: `asymmetry` is how far u.Hv is from v.Hu relative to the products, 0 where rounding explains it;
+    `difference` that between a product and a finite difference of gradients in float64; seconds are of one gradient and
+    one product, and `graph_bytes` what the graph of the gradient holds. The forecast is of the work that was asked
+    about; None what was not measured. `rewrites` counts the calls of one pass that are replaced to be twice
+    differentiable.
     """
 
     findings: tuple[Finding, ...]
     rewrites: Mapping[str, int] = field(default_factory=dict)
+    asymmetry: float | None = None
+    difference: float | None = None
     gradient_seconds: float | None = None
     product_seconds: float | None = None
     graph_bytes: float | None = None
@@ -70,6 +83,11 @@ class Diagnosis(Result):
     def summary(self) -> dict[str, str]:
         return {f.name: f"{f.status:<7}  {f.seen}{f'. {f.fix}' if f.fix else ''}" for f in self.findings}
 
+    def quantities(self) -> dict[str, Quantity]:
+        numbers = {name: getattr(self, name) for name in FIGURES}
+        known = {name: Quantity(number) for name, number in numbers.items() if number is not None}
+        return {"warnings": Quantity(len(self.warnings)), **known}
+
     __repr__ = Result.__str__
 
 
@@ -80,6 +98,8 @@ def check(
     passes: int | None = None,
     losses: int = 0,
     vectors: int = 0,
+    layer_products: int = 0,
+    parameter_products: int = 0,
 ) -> Diagnosis:
     """Whether `objective` can be analysed, and if not, which part of the model, which words of torch, and which fix.
 
@@ -88,8 +108,9 @@ def check(
     On the first batch, by at most ten products and four gradients: numbers are finite, the loss repeats and depends on
     the parameters, every backward can be differentiated, the Hessian is symmetric and agrees with differences of
     gradients in float64, and which engines work. With `products` (in so many `passes` over the data, as many by
-    default), `losses` and `vectors` to keep, the time and the memory of such work are forecast. Parameters, gradients,
-    buffers, modes and random generators are as before.
+    default), `losses` and `vectors` to keep, the time and the memory of such work are forecast; `layer_products` and
+    `parameter_products` are those with the block of each layer and of each parameter. Parameters, gradients, buffers,
+    modes and random generators are as before.
 
     >>> import torch
     >>> from torch import nn
@@ -97,7 +118,8 @@ def check(
     >>> diagnosis.healthy, diagnosis.findings[-1].name
     (True, 'cost')
     """
-    plan = Plan(products, products if passes is None else passes, losses, vectors)
+    passes = max(products, layer_products, parameter_products) if passes is None else passes
+    plan = Plan(products, passes, losses, vectors, layer_products, parameter_products)
     return _Visit(plan).diagnosis(objective)
 
 
@@ -130,7 +152,8 @@ class _Visit:
             seconds=self.seconds,
             peak_bytes=peak_bytes(made.space.device),
         )
-        return self.result(_described(made), cost, rewrites=examination.rewrites, **trials.figures)
+        figures = {"asymmetry": examination.asymmetry, "difference": examination.difference, **trials.figures}
+        return self.result(_described(made), cost, rewrites=examination.rewrites, **figures)
 
     @property
     def seconds(self) -> float:

@@ -18,6 +18,7 @@ from curvature.objective.batches import halves, leading
 from curvature.objective.check import Examination, Probe, Seen
 from curvature.objective.difference import ROUNDING, SYMMETRY
 from curvature.objective.function import OutputLoss, ScalarLoss
+from curvature.objective.params import ParamSpace
 from curvature.operators.engine import SHARE, Engine, at_once, budget_of
 from curvature.operators.hessian import hessian
 
@@ -27,12 +28,20 @@ PRODUCTS: dict[Engine, int] = {"retained": 3, "batched": 2, "forward": 1}  # to 
 
 
 class Plan(NamedTuple):
-    """Work to be forecast: products with a matrix in so many passes over the data, losses, vectors that are kept."""
+    """Work to be forecast: products with a matrix, and with the block of each layer or parameter in it, in so many
+    passes over the data; losses; vectors that are kept."""
 
     products: int
     passes: int
     losses: int
     vectors: int
+    layer_products: int = 0
+    parameter_products: int = 0
+
+    def of(self, space: ParamSpace) -> Plan:
+        """The same in products alone, for a model with these parameters."""
+        blocks = self.layer_products * len(space.groups()) + self.parameter_products * len(space.names)
+        return Plan(self.products + blocks, self.passes, self.losses, self.vectors)
 
 
 def environment(device: torch.device) -> Seen:
@@ -190,6 +199,7 @@ class Trials:
         """What the work of the plan takes on all data; TooLarge where that is more than there is."""
         objective, health = examination.objective, examination.health
         space, (batches, examples) = objective.space, objective.batches.extent()
+        plan = plan.of(space)
         scale = examples / (leading(examination.batch) or 1)
         chunk, bulk = at_once(health, examination.batch, budget_of("auto", space.device), space)
         together = chunk > 1 and bulk <= 1 and plan.products > plan.passes

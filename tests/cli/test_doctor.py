@@ -6,10 +6,11 @@ import json
 import re
 from pathlib import Path
 
-import curvature_cli.doctor
 import pytest
 import torch
+from curvature_cli.forecast import plan_of
 
+import curvature as cv
 from curvature.operators import vitals
 
 OBJECTIVE = ("--objective", "./task.py:make")
@@ -135,10 +136,61 @@ def test_warnings_are_counted_and_end_well(curv, folder):
         ("landscape", {"losses": 51**2}),
         ("landscape --axes 1 --points 9", {"losses": 9}),
         ("roughness --directions 6 --steps 4", {"losses": 30, "vectors": 6}),
+        ("path a.pt b.pt --points 7", {"losses": 7}),
+        ("spectrum --by layer", {"products": 0, "layer_products": 640, "passes": 80, "vectors": 648}),
+        ("trace --by parameter", {"products": 0, "parameter_products": 32, "passes": 32, "vectors": 32}),
+        ("sharpness --measure trace --products 9", {"products": 9, "passes": 9, "vectors": 0}),
+        ("sharpness --measure trace --products 9 --invariance", {"products": 27, "passes": 27, "vectors": 0}),
+        ("sharpness --measure average --measure sam", {"losses": 29, "vectors": 0}),
+        ("compare a.pt b.pt --measure trace", {"products": 128, "passes": 128, "vectors": 0}),
+        ("influence --self", {"losses": 15}),
+        (
+            "influence --test t.npz --operator ggn --max-steps 5",
+            {"products": 5, "passes": 5, "losses": 6, "vectors": 5},
+        ),
+        (
+            "report --question eigenvalues --question landscape --points 3",
+            {"products": 1600, "passes": 400, "losses": 9, "vectors": 50},
+        ),
+        (
+            "report --question traces --question gradient",
+            {"products": 0, "layer_products": 32, "passes": 32, "losses": 6, "vectors": 0},
+        ),
     ],
 )
 def test_the_plan_of_a_command_is_that_of_its_options(command, plan):
-    assert curvature_cli.doctor._plan(command) == plan
+    assert plan_of(command) == plan
+
+
+@pytest.mark.parametrize("command", ["sharpness", "report", "compare a b"])
+def test_work_of_many_parts_is_forecast(curv, folder, command):
+    forecast = json.loads(curv("doctor", *OBJECTIVE, "--command", command, "--format", "json").out)
+    assert forecast["forecast_seconds"] > 10 * forecast["product_seconds"] and forecast["forecast_bytes"] > 0
+
+
+def test_products_with_every_layer_are_counted_by_layers(task):
+    plans = ({"products": 6}, {"layer_products": 3}, {"parameter_products": 3})  # 2 layers, 4 parameters
+    seen = [cv.check(task.make(), **plan).findings[-1].seen for plan in plans]
+    assert "for 6 products on" in seen[0] and "for 6 products on" in seen[1] and "for 12 products on" in seen[2]
+
+
+def test_the_diagnosis_is_written_and_gated(curv, folder):
+    made = told("net.py", "return self.last(torch.tanh(self.first(x).detach()))")
+    said = curv("doctor", made, "--out", "run", "--threads", 1, "--fail-on", "warnings > 0", "--format", "quiet")
+    assert said.code == 10 and "--fail-on warnings > 0: warnings is 1." in said.err
+    found = cv.Result.load("run")
+    assert isinstance(found, cv.Diagnosis) and [f.name for f in found.findings] == ORDER
+    gates = ("asymmetry > 0", "difference > 0.01", "product_seconds > 60")
+    said = curv("doctor", *OBJECTIVE, *(word for gate in gates for word in ("--fail-on", gate)))
+    assert (said.code, said.err) == (0, "This can be analysed.\n")
+    said = curv("doctor", *OBJECTIVE, "--fail-on", "forecast_seconds > 60")
+    assert said.code == 2 and "There is no 'forecast_seconds' to --fail-on, but warnings, asymmetry" in said.err
+    said = curv("doctor", *OBJECTIVE, "--command", "trace", "--fail-on", "forecast_seconds > 0", "--format", "quiet")
+    assert said.code == 10
+    said = curv("doctor", *OBJECTIVE, "--out", "run")
+    assert said.code == 2 and "run already holds result.json" in said.err
+    said = curv("doctor", told("bad.py", "return self.last(x)"), "--out", "bad", "--format", "quiet")
+    assert said.code == 5 and not cv.Result.load("bad").healthy
 
 
 def test_the_forecast_is_the_last_line(curv, folder, monkeypatch):
@@ -151,6 +203,15 @@ def test_the_forecast_is_the_last_line(curv, folder, monkeypatch):
 
 
 def test_a_wrong_command_is_a_usage_error(curv):
-    for wrong in ("spectru", "", "spectrum --stepz 3", "spectrum --steps none"):
+    for wrong in (
+        "spectru",
+        "",
+        "spectrum --stepz 3",
+        "spectrum --steps none",
+        "sharpness --measure x",
+        "report --question x",
+        "influence --self --operator ggn",
+        "optim",
+    ):
         said = curv("doctor", *OBJECTIVE, "--command", wrong)
         assert (said.code, said.out) == (2, "") and len(said.err.splitlines()) <= 3
