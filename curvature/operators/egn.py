@@ -6,6 +6,7 @@ row for each output of each of T terms. The Gram matrix K K^T is summed layer by
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +36,7 @@ from curvature.operators.layerwise import Batch, Layerwise
 from curvature.operators.residuals import Residuals, likelihood, one_term_each, residuals_of
 
 BLOCK = 1 << 21  # entries of gradients whose inner products are taken at a time: 8 MiB in float32
+LONG = 2e11  # multiplications of which a user should know: about ten seconds of one core
 REST = ""  # the name of the share of parameters without a layer: none is called so
 
 
@@ -47,7 +49,7 @@ def egn(objective: Objective, *, memory: Memory = "auto") -> Outer | Dense:
     inverse, is one with the Jacobian and one with its transpose; trace, eigenvalues and log-determinant are exact. What
     a vector has outside of the rows, its rounding included, the inverse divides by the damping: where that is small,
     measure in float64. Where m is not below n the matrix is made in parameter space, and held whole. TooLarge where
-    neither fits.
+    neither fits; where it fits, and takes more than 2e11 multiplications, a UserWarning says how many.
 
     It is the matrix of `ggn`, regulariser included, for all the data of the objective: as a rule one batch,
     `objective.on([batch])`. Korbit, Adeoye, Bemporad & Zanon 2024 (arXiv:2405.14402).
@@ -65,6 +67,7 @@ def egn(objective: Objective, *, memory: Memory = "auto") -> Outer | Dense:
         raise lacking(loss, "egn")
     m, terms = _sizes(objective)
     _need_square(min(m, space.size), space)
+    _warn_of(m, space.size)
     if m >= space.size:
         matrix = ggn(objective, memory=memory)
         return Dense(matrix.dense(limit=space.size), psd=True, source={**matrix.source, "operator": "egn"})
@@ -251,6 +254,18 @@ def _stacked(objective: Objective, residuals: Residuals, loss: Likelihood, batch
 def _need_square(size: int, space: Space) -> None:
     """TooLarge when the inverse of a square matrix would not fit into the memory that is free now."""
     _need(4 * 8 * size**2, f"A matrix of {size:,} x {size:,} with its inverse", space)  # and what is between them
+
+
+def _warn_of(m: int, n: int) -> None:
+    """UserWarning where inner products and an inverse take long."""
+    rank = min(m, n)
+    if (work := float(rank) ** 2 * (n + rank)) > LONG:
+        warnings.warn(
+            f"The exact Gauss-Newton matrix of {m:,} outputs and {n:,} parameters takes about {work:.0e} "
+            "multiplications. Give fewer examples, or take products alone (ggn, NewtonCG) or Kronecker factors (kfac, "
+            "KFAC).",
+            stacklevel=3,
+        )
 
 
 def _need(needed: int, what: str, space: Space) -> None:

@@ -141,6 +141,15 @@ def test_what_has_no_rows_is_refused(monkeypatch):
         cv.egn(images())
 
 
+def test_long_work_is_announced_with_its_numbers(monkeypatch):
+    net, x = nn.Linear(3, 2), torch.randn(2, 3)
+    objective = cv.Objective.of(net, "mse", [(x, torch.zeros(2, 2))])
+    cv.egn(objective)
+    monkeypatch.setattr("curvature.operators.egn.LONG", 191)  # 4^2 (8 + 4) = 192
+    with pytest.warns(UserWarning, match="of 4 outputs and 8 parameters takes about 2e[+]02 multiplications"):
+        cv.egn(objective)
+
+
 @EVERY
 def test_example_gradients_are_those_of_each_example_alone(case):
     objective = case.objective(sizes(case))

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import curvature as cv
 from curvature.errors import NonFinite
-from curvature.optim import PSGD
+from curvature.optim import PSGD, Fixed
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -389,6 +389,21 @@ def test_a_mini_batch_that_is_not_finite_moves_nothing_and_ends_the_run_if_it_st
         for _ in range(30):
             step(bad)
     assert all(p.isfinite().all() for p in net.parameters())
+
+
+def test_a_mini_batch_without_terms_is_refused(case):
+    if not case.objective:
+        pytest.skip("takes gradients alone")
+    net = awkward()
+    (tokens, targets), before = batches(1)[0], bits(net)
+    ignored = torch.full_like(targets, -100)
+    objective = cv.Objective.of(net, "cross-entropy", [(tokens, ignored)])
+    for backward in (False, True):
+        if backward:
+            nn.functional.cross_entropy(net(tokens), ignored, reduction="sum").backward()
+        with pytest.raises(cv.BadObjective, match="The data has no terms: no batch came, or every target is ignored"):
+            case.make(net.named_parameters(), **({"control": Fixed()} if backward else {})).step(objective=objective)
+    assert same(bits(net), before)
 
 
 def test_its_matrix_is_symmetric_positive_definite_and_what_momentum_is_multiplied_by(case):

@@ -52,10 +52,14 @@ class EGN(PreconditionedOptimizer):
 
     For losses that have a Gauss-Newton matrix, such as squared errors and cross-entropy, and batches of few outputs in
     all, m: a step costs some backward passes and O(m^2 n + m^3), and needs the mini-batch,
-    `step(objective=Objective.of(model, loss, [batch]))`. Without a backward pass before, the gradient is that of the
-    objective. lr = 1 is the whole step, of the length that `damping` (in units of curvature of the mean loss) leaves
-    it; a learning rate of AdamW says nothing here. `control=LevenbergMarquardt()` adapts the damping from step to step,
-    and Armijo() the length. All parameters of a group are one system: give it those that move.
+    `step(objective=Objective.of(model, loss, [batch]))`. Of 64 examples of 10 classes m is 640; for thousands of
+    outputs, as of a vocabulary, take KFAC, or NewtonCG: see `egn`, which warns. Without a backward pass before, the
+    gradient is that of the objective. lr = 1 is the whole step, of the length that `damping` (in units of curvature of
+    the mean loss) leaves it; a learning rate of AdamW says nothing here. `control=LevenbergMarquardt()` adapts the
+    damping from step to step, and Armijo() the length.
+
+    All parameters of a group are one system, also those without a gradient, frozen or not used, which stay where they
+    are: give it those that move, as in `EGN(p for p in model.parameters() if p.requires_grad)`.
 
     Korbit, Adeoye, Bemporad & Zanon 2024 (arXiv:2405.14402).
     """

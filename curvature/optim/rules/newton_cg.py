@@ -55,7 +55,8 @@ class TruncatedNewton:
         return {"direction": block.zeros()}
 
     def update(self, state: State, block: Block, evidence: Evidence, due: bool) -> None:
-        pass
+        assert evidence.objective is not None
+        evidence.objective.average(lambda batch: torch.zeros(()))  # has terms, or else the zero gradient is no minimum
 
     def operator(self, state: State, block: Block, evidence: Evidence, damping: float | None) -> TruncatedInverse:
         assert evidence.objective is not None
@@ -127,7 +128,9 @@ class NewtonCG(PreconditionedOptimizer):
     part of the one that the gradient is of. Without a backward pass before, the gradient is that of the objective.
     lr = 1 is the whole step, of the length that `damping` (in units of curvature of the mean loss) leaves it; a
     learning rate of AdamW says nothing here. `control=LevenbergMarquardt()` adapts the damping, Armijo() the length.
-    All parameters of a group are one system: give it those that move.
+
+    All parameters of a group are one system, also those without a gradient, frozen or not used, which stay where they
+    are: give it those that move, as in `NewtonCG(p for p in model.parameters() if p.requires_grad)`.
 
     With matrix="hessian" the step that conjugate gradients have come to is taken where they meet a direction without
     positive curvature, and that of the gradient where this is the first one: take Armijo() with it.
