@@ -173,7 +173,7 @@ class Written:
     """Where the result goes."""
 
     out: Path | None = None
-    "A folder for result.json, arrays.safetensors and the picture. Without it nothing is written."
+    "A folder for result.json, arrays.safetensors, the picture, and rows as CSV. Without it nothing is written."
     format: Format = "human"
     overwrite: Annotated[bool, Parameter(negative=())] = False
     "Replace a result that is already in --out."

@@ -30,9 +30,7 @@ def prepare(output: Output, command: str, *, products: bool = True) -> None:
         raise Misuse(f"curv {command} takes no products with a matrix.", "Give a --budget of time, such as 10m.")
     if output.resume and output.out is None:
         raise Misuse("--resume is for work that is kept in --out.", "Pass --out DIR, too.")
-    prepare_written(
-        output, command, begun=output.resume and output.out is not None and _checkpoint(output.out).exists()
-    )
+    prepare_written(output, command, begun=output.resume and output.out is not None and bool(_begun(output.out)))
 
 
 def prepare_written(output: Written, command: str, *, begun: bool = False) -> None:
@@ -56,7 +54,8 @@ def _check_folder(out: Path, command: str, overwrite: bool) -> None:
         raise Misuse(f"{place} is not a folder, which --out takes.", "Give another --out.")
     if not os.access(place, os.W_OK | os.X_OK):
         raise Misuse(f"Nothing can be written in {place}.", "Check its permissions, or give another --out.")
-    present = [name for name in (*FILES, f"{command}.png", f"{command}.html") if (out / name).exists()]
+    views = (f"{command}.{kind}" for kind in ("csv", "png", "html"))
+    present = [name for name in (*FILES, *views) if (out / name).exists()]
     if present and not overwrite:
         raise Misuse(f"{out} already holds {', '.join(present)}.", "Pass --overwrite, or another --out.")
 
@@ -86,9 +85,8 @@ def deliver(measure: Callable[[cv.Run], R], output: Output, command: str, **styl
     else:
         emit(result, output, command, **style)
         if output.resume and output.out is not None:
-            own = _checkpoint(output.out)
-            for path in (*output.out.glob(f"{own.name}.*"), own):  # itself the last: where it is, there is more to do
-                path.unlink(missing_ok=True)
+            for path in _begun(output.out):
+                path.unlink()
     for close in check(result, output.fail_on):
         warn(close)
     return result
@@ -105,14 +103,20 @@ def _checkpoint(out: Path) -> Path:
     return out / "checkpoint"
 
 
+def _begun(out: Path) -> list[Path]:
+    """The checkpoints of work that is not done: those of its parts, and then its own."""
+    own = _checkpoint(out)
+    return [*out.glob(f"{own.name}.*"), *out.glob(own.name)]
+
+
 def emit(result: cv.Result, output: Output, command: str, **style: Any) -> None:
     """Write the files, then the table or JSON; these also when writing fails, since the numbers may be dear."""
     note = "Nothing was written; --out DIR keeps the numbers and a picture."
     try:
         if output.out is not None:
             folder = result.save(output.out)
-            view = _view(result, folder, command, style)
-            note = f"Written to {folder}: {', '.join(FILES)}{view}"
+            rows = f", {result.save_table(folder / f'{command}.csv').name}" if result.table() else ""
+            note = f"Written to {folder}: {', '.join(FILES)}{rows}{_view(result, folder, command, style)}"
     finally:
         if output.format == "json":
             print(json.dumps(result.to_dict(), allow_nan=False))

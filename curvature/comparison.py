@@ -93,6 +93,10 @@ class Comparison(Result):
             rows["left out"] = f"{listing(self.left_out)}: in one result only"
         return rows | {f"other {setting.name}": f"{setting.first} | {setting.second}" for setting in self.settings}
 
+    def table(self) -> dict[str, list[Any]]:
+        names = ("name", "first", "second", "stderr", "bound", "p", "different")
+        return {name: [getattr(row, name) for row in self.rows] for name in names}
+
     def quantities(self) -> dict[str, Quantity]:
         return {row.name: row.quantity for row in self.rows}
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from curvature.errors import BadFile
-from curvature.io.files import write_together
+from curvature.io.files import write_atomically, write_together
+from curvature.io.tables import csv_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,6 +115,17 @@ class Result:
         """The numbers that a result comes down to, by the names of the field, each with its error: what gates and
         comparisons look at. Empty where there are none."""
         return {}
+
+    def table(self) -> dict[str, list[Any]]:
+        """Its rows by column, of equal length, as spreadsheets and data frames take them; empty where it has none."""
+        return {}
+
+    def save_table(self, path: str | Path) -> Path:
+        """Write these rows into a CSV file, numbers with all their digits; returns the path."""
+        if not (table := self.table()):
+            raise ValueError(f"A {type(self).__name__} has no rows.")
+        write_atomically(path, csv_of(table))
+        return Path(path)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: small tensors as lists, larger ones as {"array": name, "shape", "dtype"}; not-a-number and

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,15 @@ def read_table(path: Path) -> Columns:
         if len(row) != len(header):
             raise BadFile(f"Line {number} of {path} has {len(row)} cells, not {len(header)}.", _FIX)
     return dict(zip(header, map(list, zip(*lines, strict=True)), strict=True)) if lines else {}
+
+
+def csv_of(columns: Mapping[str, Sequence[Any]]) -> bytes:
+    """The file of a table with these columns; cells without a value are empty."""
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    return file.getvalue().encode()
 
 
 def split_table(columns: Columns, target: str | None, path: Path) -> tuple[Columns, list[str]]:

@@ -193,6 +193,11 @@ class Path(Result):
             "batch normalisation": str(self.origin.options["norm"]),
         }
 
+    def table(self) -> dict[str, list[Any]]:
+        names = ("t", "arc", "loss", "accuracy", "held_out_loss", "held_out_accuracy")
+        columns = {name: getattr(self, name) for name in names}
+        return {name: column.tolist() for name, column in columns.items() if column is not None}
+
     def quantities(self) -> dict[str, Quantity]:
         found = {
             "barrier": self.barrier,

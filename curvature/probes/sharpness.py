@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -57,6 +58,12 @@ class Sharpness(Result):
             told = "invariant" if invariant else "not invariant"
             rows[name] = f"{number:<24} {told}" + ("" if change != change else f" (changed by {change:.1e})")
         return rows | ({"left out": "; ".join(self.left_out)} if self.left_out else {})
+
+    def table(self) -> dict[str, list[Any]]:
+        changes = [None] * len(self.names) if self.changes is None else self.changes.tolist()
+        stderrs = [None if stderr != stderr else stderr for stderr in self.stderrs.tolist()]
+        columns = {"value": self.values.tolist(), "stderr": stderrs, "bound": self.bounds.tolist()}
+        return {"measure": list(self.names), **columns, "invariant": list(self.invariant), "change": changes}
 
     def quantities(self) -> dict[str, Quantity]:
         columns = self.values, self.stderrs.nan_to_num(0.0), self.dofs, self.bounds

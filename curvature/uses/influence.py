@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -45,6 +46,12 @@ class Influence(Result):
     def top(self, count: int = 10) -> Tensor:
         """The indices of the examples with the largest scores, (count,) or (count, m), largest first."""
         return self.scores.topk(min(count, len(self.scores)), dim=0).indices
+
+    def table(self) -> dict[str, list[Any]]:
+        if self.scores.ndim == 1:
+            return {"example": list(range(len(self.scores))), "score": self.scores.tolist()}
+        tests = {f"test {test}": scores.tolist() for test, scores in enumerate(self.scores.unbind(1))}
+        return {"example": list(range(len(self.scores))), **tests}
 
     def summary(self) -> dict[str, str]:
         if not self.scores.numel():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import curvature as cv
+from curvature.io.tables import read_table
 
 OBJECTIVE = ("--objective", "./task.py:make")
 
@@ -31,7 +32,11 @@ def test_two_results_are_compared_as_the_library_does(curv, folder):
     found = json.loads(said.out)
     assert found == json.loads(json.dumps(expected.to_dict()))
     assert [s["name"] for s in found["settings"]] == ["seed"]
-    assert {p.name for p in (folder / "both").iterdir()} == {"result.json", "arrays.safetensors", "compare.png"}
+    written = {p.name for p in (folder / "both").iterdir()}
+    assert written == {"result.json", "arrays.safetensors", "compare.csv", "compare.png"}
+    columns = read_table(folder / "both" / "compare.csv")
+    assert columns["name"] == [row.name for row in expected.rows]
+    assert [float(cell) for cell in columns["p"]] == [row.p for row in expected.rows]
 
 
 def test_two_models_are_measured_the_same_way(curv, models):

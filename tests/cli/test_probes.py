@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import curvature as cv
+from curvature.io.tables import read_table
 
 OBJECTIVE = ("--objective", "./task.py:make")
 
@@ -82,6 +83,9 @@ def test_the_table_of_sharpness_is_that_of_the_library(curv, task, folder):
     expected = cv.sharpness(task.make(), measures=measures, rho=0.1)
     assert found["names"] == list(measures) and found["values"] == expected.values.tolist()
     assert (folder / "out" / "sharpness.png").stat().st_size > 1000
+    columns = read_table(folder / "out" / "sharpness.csv")
+    assert columns["measure"] == list(measures) and list(map(float, columns["value"])) == expected.values.tolist()
+    assert columns["stderr"] == columns["change"] == ["", ""]
     said = curv("sharpness", *OBJECTIVE, "--measure", "flatness")
     assert said.code == 2 and "measures are some of lambda_max" in said.err and "but got flatness" in said.err
 
@@ -99,6 +103,8 @@ def test_a_path_is_that_of_the_library(curv, task, folder, kind):
         expected = cv.connect(start, other, kind=kind, points=5, steps=5, bends=2)
     assert found["loss"] == expected.loss.tolist() and found["knots"] == expected.knots.tolist()
     assert (folder / "out" / "path.png").stat().st_size > 1000
+    columns = read_table(folder / "out" / "path.csv")
+    assert list(columns) == ["t", "arc", "loss"] and list(map(float, columns["loss"])) == found["loss"]
 
 
 def test_hidden_units_are_aligned_before_a_path(curv, task, folder):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import curvature as cv
+from curvature.io.tables import read_table
 
 OBJECTIVE = ("--objective", "./task.py:make")
 DATA = "./task.py:data"
@@ -86,6 +87,8 @@ def test_self_influence_is_that_of_the_library(curv, task, folder, operator):
     assert found["scores"] == expected.scores.tolist()
     assert found["ranked"] == expected.scores.topk(4).indices.tolist()
     assert (folder / "run" / "influence.png").stat().st_size > 1000
+    columns = read_table(folder / "run" / "influence.csv")
+    assert columns["example"] == list(map(str, range(10))) and list(map(float, columns["score"])) == found["scores"]
 
 
 def test_influence_is_on_a_mean_or_on_each(curv, task, folder):
@@ -96,6 +99,9 @@ def test_influence_is_on_a_mean_or_on_each(curv, task, folder):
     test = train.on((x[:3], y[:3]))
     each = ask(curv, "influence", "--test", "some.pt", "--each", "--top", 2, "--out", "each")
     assert each["scores"] == cv.influence(train, test, inverse).scores.tolist()
+    columns = read_table(folder / "each" / "influence.csv")
+    assert list(columns) == ["example", "test 0", "test 1", "test 2"]
+    assert list(map(float, columns["test 1"])) == [row[1] for row in each["scores"]]
     mean = ask(curv, "influence", "--test", "some.pt", "--top", 2, "--out", "mean")
     expected = cv.influence(train, test.gradient(), inverse, top=2)
     assert mean["scores"] == expected.scores.tolist()
