@@ -81,10 +81,14 @@ def compare(
     options |= {"measures": measure or MEASURES}
 
     def measured(run: cv.Run) -> cv.Comparison:
-        tables = [
-            cv.sharpness(model, seed=seed + place, run=run.part(str(place)), **options)
-            for place, model in enumerate(models)
-        ]
+        tables: list[cv.Sharpness] = []
+        for place, one in enumerate(models):
+            try:
+                tables.append(cv.sharpness(one, seed=seed + place, run=run.part(str(place)), **options))
+            except cv.Interrupted as stop:
+                if not tables:
+                    raise KeyboardInterrupt from stop
+                raise cv.Interrupted(cv.compare(tables[0], stop.result, level=level, labels=labels)) from stop
         return cv.compare(*tables, level=level, labels=labels)
 
     deliver(measured, output, "compare")
