@@ -63,11 +63,16 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere but on macOS
 
 
+def short_of(needed: float, device: torch.device) -> int | None:
+    """What is free, where so many bytes are more than may be planned with; None where they are not, or nobody knows."""
+    free = free_bytes(device)
+    return free if free is not None and needed > SHARE * free else None
+
+
 def need_basis(rows: int, space: Space) -> None:
     """TooLarge when a basis of `rows` vectors would not fit into the memory that is free now."""
     needed = rows * space.size * torch.empty(0, dtype=space.dtype).element_size()
-    free = free_bytes(space.device)
-    if free is not None and needed > SHARE * free:
+    if (free := short_of(needed, space.device)) is not None:
         fit = int(SHARE * free * rows / needed)
         raise TooLarge(
             f"A basis of {rows} vectors of {space.size:,} entries takes {needed / 2**30:.1f} GiB, "

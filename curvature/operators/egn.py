@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvature.errors import TooLarge
-from curvature.linalg.memory import free_bytes
+from curvature.linalg.memory import short_of
 from curvature.linalg.operator import LinearOperator, MatrixFree, Product
 from curvature.linalg.outer import Outer
 from curvature.linalg.space import Space
@@ -269,8 +269,7 @@ def _warn_of(m: int, n: int) -> None:
 
 
 def _need(needed: int, what: str, space: Space) -> None:
-    free = free_bytes(space.device)
-    if free is not None and needed > 0.9 * free:
+    if (free := short_of(needed, space.device)) is not None:
         raise TooLarge(
             f"{what} takes {needed / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are free.",
             "Give fewer examples, or solve with the matrix-free ggn.",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from curvature.errors import TooLarge
-from curvature.linalg.memory import free_bytes
+from curvature.linalg.memory import short_of
 from curvature.linalg.structured import BlockDiagonal, Kronecker, Spectral
 from curvature.objective.objective import Objective
 from curvature.operators.engine import need_objective
@@ -153,8 +153,7 @@ def _need_factors(seen: Layerwise) -> None:
         sizes[layer.name] = groups * sum(size**2 for size in dense)
     space = seen.objective.space
     needed = sum(sizes.values()) * torch.empty(0, dtype=space.dtype).element_size()
-    free = free_bytes(space.device)
-    if free is not None and needed > 0.9 * free:
+    if (free := short_of(needed, space.device)) is not None:
         largest = max(sizes, key=sizes.__getitem__)
         raise TooLarge(
             f"The Kronecker factors take {needed / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are free.",

@@ -13,17 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from curvature.errors import BadObjective, TooLarge, listing, one_line
-from curvature.linalg.memory import free_bytes, peak_bytes
+from curvature.linalg.memory import peak_bytes, short_of
 from curvature.objective.batches import halves, leading
 from curvature.objective.check import Examination, Probe, Seen
 from curvature.objective.difference import ROUNDING, SYMMETRY
 from curvature.objective.function import OutputLoss, ScalarLoss
 from curvature.objective.params import ParamSpace
-from curvature.operators.engine import SHARE, Engine, at_once, budget_of
+from curvature.operators.engine import Engine, at_once, budget_of
 from curvature.operators.hessian import hessian
 
 SAFE = (2, 10)  # before, torch.load(weights_only=True) could be made to corrupt memory (CVE-2026-24747)
-FULL = 0.8  # of the free memory; beyond, work is refused rather than begun
 PRODUCTS: dict[Engine, int] = {"retained": 3, "batched": 2, "forward": 1}  # to try an engine by
 
 
@@ -204,9 +203,8 @@ class Trials:
         chunk, bulk = at_once(health, examination.batch, budget_of("auto", space.device), space)
         together = chunk > 1 and bulk <= 1 and plan.products > plan.passes
         product = min(self.seconds["retained"], self.seconds.get("batched", 1e9) if together else 1e9)
-        free = free_bytes(space.device) or 0
         graph = health.example_bytes * examples
-        kept = graph <= SHARE * free
+        kept = graph <= budget_of("auto", space.device)
         builds = (1 if kept else plan.passes) + plan.losses / 3  # a loss is a third of a gradient
         seconds = scale * (builds * self.figures["gradient_seconds"] + plan.products * product)
         vectors = plan.vectors * space.size * torch.empty(0, dtype=space.dtype).element_size()
@@ -216,7 +214,7 @@ class Trials:
         work = ", ".join(filter(None, [_many(count, name) for count, name in asked]))
         what = f"{work} on {_many(examples, 'example')} in {_many(batches, 'batch')}"
         text = f"about {_seconds(seconds)} and {_bytes(size)} for {what}"
-        if size > FULL * free > 0:
+        if (free := short_of(size, space.device)) is not None:
             raise TooLarge(
                 f"{text}, but {_bytes(free)} are free.",
                 "Ask for fewer steps, probes or vectors, for fewer --params, or take a larger machine.",

@@ -11,7 +11,7 @@ import torch
 from curvature_cli.forecast import plan_of
 
 import curvature as cv
-from curvature.operators import vitals
+from curvature.linalg import memory
 
 OBJECTIVE = ("--objective", "./task.py:make")
 ORDER = [
@@ -197,7 +197,7 @@ def test_the_forecast_is_the_last_line(curv, folder, monkeypatch):
     said = curv("doctor", *OBJECTIVE, "--command", "spectrum --probes 3 --steps 5")
     assert list(rows(said.out)) == [*ORDER, "forecast"]
     assert "15 products, 18 vectors on 10 examples in 1 batch" in rows(said.out)["forecast"][1]
-    monkeypatch.setattr(vitals, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
     said = curv("doctor", *OBJECTIVE, "--command", "spectrum")
     assert said.code == 7 and "are free" in said.err
 

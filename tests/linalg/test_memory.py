@@ -69,3 +69,10 @@ def test_a_basis_may_take_four_fifths_of_it_and_the_message_says_what_fits(syste
 def test_this_machine_tells():
     free = memory.free_bytes(CPU)
     assert free is None or (Path("/proc/meminfo").exists() and 0 < free < 1 << 50)
+
+
+def test_a_fifth_of_what_is_free_is_not_planned_with(monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    assert memory.short_of(800, CPU) is None and memory.short_of(801, CPU) == 1000
+    monkeypatch.setattr(memory, "free_bytes", lambda device: None)
+    assert memory.short_of(1e18, CPU) is None

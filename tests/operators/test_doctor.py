@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from untouched import untouched
 
 import curvature as cv
+from curvature.linalg import memory
 from curvature.operators import vitals
 
 pytestmark = [
@@ -580,7 +581,7 @@ def test_the_forecast_is_of_all_data_and_refuses_what_does_not_fit(monkeypatch):
     assert ten.forecast_bytes == one.forecast_bytes == pytest.approx(20 * objective.space.size * 4 + graph)
     assert ten.forecast_seconds > 100 * one.product_seconds
     assert cv.check(objective).forecast_seconds is None
-    monkeypatch.setattr(vitals, "free_bytes", lambda device: 10_000)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10_000)
     (failure,) = cv.check(objective, vectors=100).failures
     assert failure.error == "TooLarge" and "KiB are free" in failure.seen and "fewer" in failure.fix
 

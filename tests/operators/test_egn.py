@@ -136,7 +136,7 @@ def test_what_has_no_rows_is_refused(monkeypatch):
     scalar = cv.Objective.from_loss(nn.Linear(3, 1), lambda m, b: m(b[0]).square().mean(), [(x, y)])
     with pytest.raises(cv.BadObjective, match=r"Objective\.of"):
         cv.egn(scalar)
-    monkeypatch.setattr("curvature.operators.egn.free_bytes", lambda device: 100)
+    monkeypatch.setattr("curvature.linalg.memory.free_bytes", lambda device: 100)
     with pytest.raises(cv.TooLarge, match="matrix-free ggn"):
         cv.egn(images())
 
@@ -199,10 +199,10 @@ def test_a_large_parameter_without_a_layer_is_refused_where_it_does_not_fit(monk
             return self.layer(x + self.place)
 
     objective = cv.Objective.of(Placed(), "mse", [(torch.randn(5, 50), torch.randn(5, 2))])
-    monkeypatch.setattr("curvature.operators.egn.free_bytes", lambda device: 4 * 8 * 10**2 / 0.9)
+    monkeypatch.setattr("curvature.linalg.memory.free_bytes", lambda device: 4 * 8 * 10**2 / 0.8)
     cv.egn(objective)
     monkeypatch.setattr("curvature.operators.egn._need_square", lambda size, space: None)
-    monkeypatch.setattr("curvature.operators.egn.free_bytes", lambda device: 4 * 10 * 50)
+    monkeypatch.setattr("curvature.linalg.memory.free_bytes", lambda device: 4 * 10 * 50)
     with pytest.raises(cv.TooLarge, match="without a layer"):
         cv.egn(objective)
 

@@ -671,7 +671,7 @@ def test_factors_that_do_not_fit_are_refused_before_the_data_are_read(monkeypatc
     module = nn.Sequential(nn.Linear(3, 50), nn.Linear(50, 2)).double()
     objective = of(module, torch.randn(5, 3).double())
     objective.check()
-    monkeypatch.setattr("curvature.operators.kfac.free_bytes", lambda device: 8 * (50 + 4) ** 2)
+    monkeypatch.setattr("curvature.linalg.memory.free_bytes", lambda device: 8 * (50 + 4) ** 2 / 0.8)
     reads = objective.meter.passes
     with pytest.raises(cv.TooLarge, match=r"Kronecker factors take .* free.*Leave the largest layer out, 1:"):
         cv.kfac(objective)
