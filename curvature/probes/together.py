@@ -27,16 +27,18 @@ from curvature.probes.programs import Bare, Program, Settling, fused, generic
 Share = Callable[[Tensor], Tensor]  # points (k, n) -> (k, s), in float64
 
 TOGETHER = 4  # times as large as SMALL: the largest tensors of batches made one, and of points together
+FEW = 16  # examples, of which a batch is made at least: processors share the work of so many
 PATIENCE = 128  # calls for one point until they are traced
 STACKED = 32  # and calls for several, of which each takes vmap as long as four
 ROOM = 16 << 20  # bytes: several times what TOGETHER allows a tensor
 
 
-def joined(objective: Objective, program: Program) -> Objective:
-    """The same function of the same data in fewer batches, in which tensors are as large as is fast.
+def resized(objective: Objective, program: Program) -> Objective:
+    """The same function of the same data in batches in which tensors are as large as is fast.
 
-    The objective itself where a batch is that large, in "train" mode, whose normalisations see batches, and where the
-    batches do not fit together, or make another value when they do: a model may couple its examples.
+    The objective itself where they are; in "train" mode, whose normalisations see batches; where batches would be of
+    few examples, and tensors are large for another reason; and where batches do not fit together, or make another value
+    when they are others: a model may couple its examples.
     """
     first = objective.batches.of_several()
     length = leading(first)
@@ -44,24 +46,30 @@ def joined(objective: Objective, program: Program) -> Objective:
         return objective
     point = generic(objective)
 
-    def largest(batch: Any) -> int:
-        with Sizes() as sizes:
-            program(point, batch)
-        return sizes.largest
+    def largest(objective: Objective) -> int:
+        def of_batch(batch: Any) -> int:
+            with Sizes() as sizes:
+                program(point, batch)
+            return sizes.largest
 
-    sizes = Passes(objective.first(length)).each(largest)
-    count = bound(objective) // max(sizes) if any(sizes) else 1
-    if count < 2:
-        return objective
-    some = objective.first(count * length)
+        return max(Passes(objective).each(of_batch), default=0)
 
     def total(objective: Objective) -> tuple[Tensor, float]:
         return Passes(objective).total(lambda batch: program(point, batch).detach().double())
 
+    most, size = bound(objective), largest(objective.first(length))
+    if not size:  # of a batch without terms
+        return objective
+    examples = length * (most // size) if size <= most else -(-length // -(-size // most))
+    if examples < 2 * length and not FEW <= examples < length:
+        return objective
+    change = _joined if examples > length else _cut
+    some = objective.first(max(examples, length))
     with suppress(Exception):  # models and losses can raise anything
-        (apart, terms), (one, same) = total(some), total(_fewer(some, count))
-        if terms == same and alike(one, apart, objective.space.dtype):
-            return _fewer(objective, count)
+        (apart, terms), (one, same) = total(some), total(change(some, examples))
+        fits = examples > length or largest(change(some, examples)) <= most
+        if fits and terms == same and alike(one, apart, objective.space.dtype):
+            return change(objective, examples)
     return objective
 
 
@@ -73,7 +81,7 @@ class Together:
     """
 
     def __init__(self, objective: Objective, program: Program) -> None:
-        self.objective, self.program = joined(objective, program), program
+        self.objective, self.program = resized(objective, program), program
         self.stacked = [Settling(self.objective, _stacked(each), STACKED) for each in (program, Bare(program))]
         self.single = Settling(self.objective, _single(fused(program)), PATIENCE)
         self.passes = Passes(self.objective, self._share, budget=budget_of("auto", objective.space.device))
@@ -143,28 +151,36 @@ def alike(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
     return torch.allclose(one, other, rtol=torch.finfo(dtype).eps ** 0.5, atol=0, equal_nan=True)
 
 
-def _fewer(objective: Objective, count: int) -> Objective:
+def _cut(objective: Objective, examples: int) -> Objective:
+    return replace(objective, batches=objective.batches.at_most(examples))
+
+
+def _joined(objective: Objective, examples: int) -> Objective:
     batches, space = objective.batches, objective.space
-    return replace(objective, batches=replace(batches, source=_Joined(batches, count, space.device, space.dtype)))
+    return replace(objective, batches=replace(batches, source=_Joined(batches, examples, space.device, space.dtype)))
 
 
 @dataclass(frozen=True)
 class _Joined:
-    """Batches with up to `count` in a row made one, as long as all they hold are tensors of examples, of one kind."""
+    """Batches in a row made one, up to so many examples, as long as all they hold are tensors of examples, of one
+    kind."""
 
     batches: Iterable[Any]
-    count: int
+    examples: int
     device: torch.device
     dtype: torch.dtype
 
     def __iter__(self) -> Iterator[Any]:
         group: list[Any] = []
+        room = self.examples
         for given in self.batches:
             batch = moved(given, self.device, self.dtype)
-            if group and (len(group) == self.count or _kind(batch) != _kind(group[0])):
+            length = leading(batch) or 1
+            if group and (length > room or _kind(batch) != _kind(group[0])):
                 yield _joint(group)
-                group = []
+                group, room = [], self.examples
             group.append(batch)
+            room -= length
         if group:
             yield _joint(group)
 

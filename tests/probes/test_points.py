@@ -19,7 +19,7 @@ import curvature as cv
 from curvature.probes import points as probed
 from curvature.probes import together
 from curvature.probes.points import Points
-from curvature.probes.together import Together, joined
+from curvature.probes.together import Together, resized
 
 CASES = {case.name: case for case in zoo()}
 
@@ -39,7 +39,7 @@ def program(objective: cv.Objective) -> Callable[[Tensor, Any], Tensor]:
 
 
 def batches_of(objective: cv.Objective) -> int:
-    return len(list(joined(objective, program(objective)).batches))
+    return len(list(resized(objective, program(objective)).batches))
 
 
 def counted(module: nn.Module) -> list[int]:
@@ -106,9 +106,30 @@ def test_the_loss_of_batches_made_one_is_theirs(case):
 def test_batches_are_made_one_up_to_a_size(monkeypatch):
     objective = CASES["classifier"].objective((2, 2, 2, 2, 1))  # whose largest tensor has 20 numbers of 8 bytes
     monkeypatch.setitem(together.SMALL, "cpu", 2 * 160 // together.TOGETHER)
-    assert [len(y) for _, y in joined(objective, program(objective)).batches] == [4, 4, 1]
+    assert [len(y) for _, y in resized(objective, program(objective)).batches] == [4, 4, 1]
     monkeypatch.setitem(together.SMALL, "cpu", 1)
-    assert joined(objective, program(objective)) is objective
+    assert resized(objective, program(objective)) is objective
+
+
+def test_batches_are_cut_down_to_a_size_where_their_examples_make_tensors_large(monkeypatch):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 10), nn.Tanh(), nn.Linear(10, 3)).double()  # 10 numbers of 8 bytes an example
+    objective = cv.Objective.of(net, "cross-entropy", (torch.randn(70, 4).double(), torch.randint(0, 3, (70,))))
+    rows, whole = around(objective, 3), objective.batches
+    monkeypatch.setitem(together.SMALL, "cpu", 20 * 80 // together.TOGETHER)
+    assert [len(y) for _, y in resized(objective, program(objective)).batches] == [18, 18, 18, 16]
+    torch.testing.assert_close(Points(objective)(rows)[:, 0], there(objective, rows), rtol=1e-12, atol=0)
+    assert objective.batches is whole
+    monkeypatch.setitem(together.SMALL, "cpu", 10 * 80 // together.TOGETHER)
+    assert resized(objective, program(objective)) is objective  # batches of so few are not made
+
+
+def test_batches_are_not_cut_because_of_large_weights(monkeypatch):
+    torch.manual_seed(0)
+    net = nn.Linear(300, 3).double()
+    objective = cv.Objective.of(net, "cross-entropy", (torch.randn(40, 300).double(), torch.randint(0, 3, (40,))))
+    monkeypatch.setitem(together.SMALL, "cpu", 2400 // together.TOGETHER)
+    assert resized(objective, program(objective)) is objective
 
 
 def test_what_couples_its_examples_keeps_its_batches():
@@ -116,7 +137,7 @@ def test_what_couples_its_examples_keeps_its_batches():
     x, y = torch.randn(12, 4).double(), torch.randint(0, 3, (12,))
     net = nn.Sequential(nn.Linear(4, 5), Centred(), nn.Tanh(), nn.Linear(5, 3)).double()
     objective = cv.Objective.of(net, "cross-entropy", list(zip(x.split(4), y.split(4), strict=True)))
-    assert joined(objective, program(objective)) is objective
+    assert resized(objective, program(objective)) is objective
     rows = around(objective, 5)
     torch.testing.assert_close(Points(objective)(rows)[:, 0], there(objective, rows), rtol=1e-12, atol=0)
 
@@ -127,7 +148,7 @@ def test_what_sees_batches_in_training_keeps_them():
     objective = images(normalisation)
     assert batches_of(objective) == 1
     objective = objective.in_mode("train")
-    assert joined(objective, program(objective)) is objective
+    assert resized(objective, program(objective)) is objective
 
 
 def test_batches_of_several_kinds_are_made_one_where_they_fit():
@@ -137,7 +158,7 @@ def test_batches_of_several_kinds_are_made_one_where_they_fit():
     batches = [{"input": torch.randint(0, 7, (2, n)), "labels": torch.randint(0, 6, (2, n))} for n in lengths]
     batches[0]["labels"][:] = -100  # a batch without terms, which does not show how large tensors are
     objective = cv.Objective.of(module, cv.CrossEntropy(axis=-1), batches)
-    assert joined(objective, program(objective)) is objective
+    assert resized(objective, program(objective)) is objective
     rows = around(objective, 5)
     torch.testing.assert_close(Points(objective)(rows)[:, 0], there(objective, rows), rtol=1e-12, atol=0)
     objective = cv.Objective.of(module, cv.CrossEntropy(axis=-1), batches[1:])
