@@ -42,6 +42,9 @@ Defaults of options can be kept in ./curv.toml, or [tool.curv] in ./pyproject.to
 command, and in variables CURV_OPTION and CURV_COMMAND_OPTION. The command line goes first, then variables, then the \
 file; `curv env --config` tells what is set where.
 
+Ctrl-C keeps what is measured until then. It waits for the call of torch that runs, at the longest the backward pass \
+of a batch: a smaller --batch-size makes that shorter.
+
 Exit codes: 0 ok, 1 internal error, 2 usage, 3 file unreadable, 4 refused as unsafe, 5 model or loss cannot be \
 analysed, 6 numerical failure, 7 out of memory or disk, 10 --fail-on, 130 interrupted.
 """

@@ -111,12 +111,17 @@ def _begun(out: Path) -> list[Path]:
 
 def emit(result: cv.Result, output: Output, command: str, **style: Any) -> None:
     """Write the files, then the table or JSON; these also when writing fails, since the numbers may be dear."""
+    from curvature import Interrupted
+
     note = "Nothing was written; --out DIR keeps the numbers and a picture."
     try:
         if output.out is not None:
             folder = result.save(output.out)
             rows = f", {result.save_table(folder / f'{command}.csv').name}" if result.table() else ""
             note = f"Written to {folder}: {', '.join(FILES)}{rows}{_view(result, folder, command, style)}"
+    except KeyboardInterrupt as stop:
+        warn(f"interrupted while writing to {output.out}, where something may be missing.")
+        raise Interrupted(result) from stop
     finally:
         if output.format == "json":
             print(json.dumps(result.to_dict(), allow_nan=False))
