@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvature.errors import BadObjective, Interrupted
+from curvature.errors import BadObjective, CurvatureError, Interrupted
 from curvature.linalg.congruence import congruence
 from curvature.linalg.eigen import eigsh
 from curvature.linalg.operator import LinearOperator
 from curvature.linalg.structured import Diagonal
 from curvature.linalg.work import Record, Work
 from curvature.objective.batches import digest
+from curvature.objective.difference import ROUNDING
 from curvature.objective.objective import Objective
 from curvature.objective.passes import Sums
 from curvature.objective.work import work_on
@@ -24,14 +25,16 @@ from curvature.operators.subsamples import eigenvalue_errors
 from curvature.progress import Run
 from curvature.result import Estimate, Result
 
+SAMPLES = 16  # whose standard error is known to a fifth
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class StableRates(Estimate):
     """The largest learning rate (4,) with which each of `names` is stable, infinite where nothing curves upwards.
 
     `sharpness` (2,) are the largest eigenvalue of the Hessian, and of the Hessian as an Adam-like rule meets it. The
-    standard error is that which the choice of the data gives these, over `samples` batches; of a single batch nothing
-    is known. `floor` (4,) is how far a residual moves a rate.
+    standard error is that which the choice of the data gives these, over `samples` parts of the data; of a single one
+    nothing is known. `floor` (4,) is how far a residual moves a rate.
     """
 
     sharpness: Float[Tensor, 2]
@@ -62,6 +65,8 @@ def stable_learning_rates(
     (2 + 2m) / ((1 - m) s') with the largest eigenvalue s' of P^-1/2 H P^-1/2, P = diag(sqrt(v) + `eps`), held fixed:
     v is the `second_moment` (n,) of a run, `from_optimizer(objective, adam, "exp_avg_sq")`, or if none is given what
     that is once the weights stand still: the mean square of the gradient of a batch of the objective's size.
+
+    For the standard errors batches are cut where they are fewer than 16, if their examples are computed each by itself.
 
     The noise of small batches makes smaller rates unstable, and training may be stable for long beyond these where the
     loss flattens out (the edge of stability). `rtol` is that of the eigenvalues. With a checkpoint in `run` each of the
@@ -123,11 +128,25 @@ def _sharpness(objective: Objective, scale: Tensor | None, rtol: float, seed: in
         )
     work.products += pairs.cost.products
     record = {"value": pairs.values[0].double(), "floor": pairs.bounds[0].double()}
-    if len(objective.split()) == 1:
+    parts = _parted(objective)
+    if len(parts.split()) == 1:
         return record | {"stderr": torch.zeros((), dtype=torch.float64), "batches": torch.tensor(1)}
-    errors = eigenvalue_errors(pairs, matrix, objective)
+    errors = eigenvalue_errors(pairs, matrix, parts)
     work.products += errors.cost.products
     return record | {"stderr": errors.stderr[0].double(), "batches": torch.tensor(errors.samples)}
+
+
+def _parted(objective: Objective) -> Objective:
+    """The same in SAMPLES batches or more, where the loss shows that it does not depend on how the data are cut."""
+    batches, examples = objective.batches.extent()
+    if batches >= SAMPLES or objective.mode == "train":
+        return objective
+    parted = replace(objective, batches=objective.batches.at_most(max(1, examples // SAMPLES)))
+    try:
+        together, apart = objective.value(), parted.value()
+    except CurvatureError:  # the model takes batches as they are
+        return objective
+    return parted if abs(together - apart) <= ROUNDING * objective.space.eps * (1 + abs(together)) else objective
 
 
 def _result(factors: dict[str, tuple[float, Record]], sharpness: Tensor, work: Work) -> StableRates:

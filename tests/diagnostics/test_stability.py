@@ -77,8 +77,30 @@ def test_a_second_moment_of_a_run_takes_the_place_of_that_of_the_batches():
     assert float(found.value[3]) == pytest.approx(38 / float(largest), rel=1e-6)
 
 
-def test_of_one_batch_nothing_is_said_about_other_data():
-    found = cv.stable_learning_rates(CASES[0].objective())
+@pytest.mark.parametrize("sizes", [64, 32, 2])
+def test_batches_are_cut_for_the_error_where_they_are_few(sizes):
+    objective = linear(torch.randn(64, 3).double(), sizes=sizes)
+    found = cv.stable_learning_rates(objective, rtol=1e-10)
+    parts = min(4, sizes)
+    x = torch.cat([batch[0] for batch in objective.batches])
+    values, vectors = torch.linalg.eigh(x.T @ x / 64)
+    forms = (x @ vectors[:, -1]).square().view(-1, parts).mean(1)
+    stderr = forms.std() / len(forms) ** 0.5
+    assert found.samples == len(forms) == 64 // parts
+    torch.testing.assert_close(found.stderr[0], 2 * stderr / values[-1] ** 2, rtol=1e-5, atol=0)
+
+
+def test_batches_that_hang_together_are_not_cut():
+    x = torch.randn(64, 3).double()
+    unit = torch.nn.Linear(3, 1, bias=False).double()
+    spread = cv.Objective.from_loss(unit, lambda m, b: m(b).var(), list(x.split(32)))  # within a batch
+    assert cv.stable_learning_rates(spread).samples == 2
+    pair = cv.Objective.from_loss(unit, lambda m, b: (m(b).view(2, 16) ** 2).mean(), list(x.split(32)))
+    assert cv.stable_learning_rates(pair).samples == 2
+
+
+def test_of_one_example_nothing_is_said_about_other_data():
+    found = cv.stable_learning_rates(linear(torch.randn(1, 3).double()))
     assert found.samples == 1 and found.dof == 0 and not found.stderr.any()
     low, high = found.interval()
     assert (low <= found.value).all() and (found.value <= high).all()
@@ -91,12 +113,13 @@ def test_where_nothing_curves_upwards_there_is_no_limit():
 
 
 @pytest.mark.slow
-def test_error_bars_hold_the_rate_of_all_data_there_could_be():
+@pytest.mark.parametrize("sizes", [20, 200])
+def test_error_bars_hold_the_rate_of_all_data_there_could_be(sizes):
     held = 0
     for seed in range(60):
         torch.manual_seed(seed)
         x = torch.randn(400, 3).double() * torch.tensor([3, 1, 0.5]).double()
-        found = cv.stable_learning_rates(linear(x, sizes=20), rtol=1e-6)
+        found = cv.stable_learning_rates(linear(x, sizes=sizes), rtol=1e-6)
         low, high = found.interval(0.9)
         held += bool(low[0] <= 2 / 9 <= high[0])
     assert 46 <= held <= 60  # 54 ± 2.3 of 60 at 90 %
