@@ -194,7 +194,9 @@ def _smoothed(diagonal: Tensor, run: int | None) -> Tensor:
     """Each entry as the mean over its kernel of a convolution, the axes after the second; or, of each parameter, over
     its run of so many entries, row-major: the last may be shorter."""
     if run is None:
-        kernels = diagonal.flatten(2) if diagonal.ndim > 2 else diagonal.unsqueeze(-1)
+        if diagonal.ndim <= 2:
+            return diagonal
+        kernels = diagonal.flatten(2)
         return kernels.mean(-1, keepdim=True).expand_as(kernels)
     entries = diagonal.flatten()
     whole = len(entries) // run * run
