@@ -11,7 +11,7 @@ from curvature.objective.losses import CLASSES
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"errors", "progress", "io", "result", "comparison"},
+    {"errors", "progress", "distributed", "io", "result", "comparison"},
     {"linalg"},
     {"objective"},
     {"operators"},
@@ -97,6 +97,13 @@ def test_only_one_loop_over_data():
                 if isinstance(node, ast.For | ast.comprehension) and "batches" in ast.unparse(node.iter)
             ]
             assert not loops or name_of(path) in readers, name_of(path)
+
+
+def test_only_one_file_calls_collectives():
+    for path in (path for path in FILES if name_of(path) != "distributed.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "distributed":
+                assert node.attr == "ProcessGroup", f"{name_of(path)}:{node.lineno}"
 
 
 def test_importing_the_library_changes_no_torch_flag_and_draws_nothing():

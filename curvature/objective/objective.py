@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from curvature.errors import BadObjective, NonFinite, listing
 from curvature.linalg.operator import Meter
@@ -40,6 +40,9 @@ class Objective:
     their values when the objective was made. The module itself is never written to: mode, buffers,
     gradients and random generators are as before after any call. In "train" mode batch normalisation uses the
     statistics of each batch, which makes the objective depend on how the data is cut, and dropout a fixed mask.
+
+    With a `group` the terms are those of all its processes, each of which has a share of the data: sums and averages
+    over them are made together, and called for by all. Optimizers give the mini-batch theirs.
     """
 
     function: OutputLoss | ScalarLoss
@@ -51,6 +54,7 @@ class Objective:
     seed: int = 0
     l2: float = 0.0
     meter: Meter = field(default_factory=Meter)
+    group: distributed.ProcessGroup | None = None  # the processes that have the other shares of the data
     _health: list[Health] = field(default_factory=list, repr=False)  # empty, or what the check found
 
     @classmethod

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
+from curvature.distributed import place, summed
 from curvature.errors import BadObjective
 from curvature.objective.batches import bytes_of, leading, moved
 from curvature.objective.check import explained
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Prepare = Callable[[int, Any], Any]  # number and batch -> what a pass computes from: the batch itself, or a graph
+
+
+ALONE = "alone"  # the name of a tensor that is summed by itself
 
 
 class Part(NamedTuple):
@@ -76,12 +81,22 @@ class Passes:
             total, weight = value if total is None else total + value, weight + terms
 
         self._run(term, add)
+        if self.objective.group is not None:
+            total, weight = self._joined(total, weight)
         if total is None:
             raise BadObjective(
                 "The data has no terms: no batch came, or every target is ignored.",
                 "Check the path and the filters.",
             )
         return total, weight
+
+    def _joined(self, total: S | None, weight: float) -> tuple[Any, float]:
+        """A total and the number of its terms over all processes."""
+        group, device = self.objective.group, self.objective.space.device
+        own: dict[Any, Tensor] = {} if total is None else total if isinstance(total, Sums) else {ALONE: total}
+        sums = summed(own, device, group)
+        terms = summed({ALONE: torch.tensor(weight, dtype=torch.float64, device=device)}, device, group)
+        return (sums.get(ALONE, Sums(sums)) if sums else None), float(terms[ALONE])
 
     def each(self, term: Callable[[Any], T]) -> list[T]:
         """`term(prepared)` for every batch."""
@@ -94,10 +109,11 @@ class Passes:
         objective, kept = self.objective, self.kept
         fresh: list[Part] = []
         size = 0.0
+        rank, processes = place(objective.group)
         with objective.context():
             for index, item in enumerate(objective.batches if kept is None else kept):
                 try:
-                    with objective.randomness(index):
+                    with objective.randomness(index * processes + rank):  # its number among those of all processes
                         part = self._part(index, item) if kept is None else item
                         if part.terms:
                             take(term(part.prepared), part.terms)

@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
+from curvature.distributed import summed
 from curvature.linalg.structured import Kronecker
 from curvature.objective.layers import Capture
 from curvature.objective.listen import listen
@@ -17,6 +18,7 @@ from curvature.operators.followed import ROUNDING, candidates, norm
 from curvature.operators.kfac import Sharing, block_of, factor_sums
 from curvature.operators.layers import Layer
 
+TERMS = ".terms"  # no name of a layer
 GRADIENT, SIZE = "gradient", "size"  # of a layer: what its calls say that its gradient is, and how large its parts are
 AGREEMENT = 0.05  # of gradients in half precision with those made of what was seen in it
 BALANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # of gradients that sum to zero over classes
@@ -70,13 +72,18 @@ class LayerRecord:
         except Exception:  # a layer that is like its kind by name or class alone
             sums.clear()  # its gradient will not agree
 
-    def factors(self, grads: Mapping[str, Tensor]) -> dict[str, Kronecker]:
+    def factors(
+        self, grads: Mapping[str, Tensor], group: distributed.ProcessGroup | None = None
+    ) -> dict[str, Kronecker]:
         """The empirical K-FAC block of every layer some of whose parameters are among those of `grads`, which are the
         gradients that these have now; without layers of which what was seen does not give them, up to a factor.
 
         That factor is one where gradients were clipped, or their loss scaled, since; it is taken into the blocks.
+        With a `group` gradients are means over its processes, and sums are over what all have seen.
         """
         blocks = {}
+        if group is not None and not self._joint:
+            self._join(group)
         for name, sums in self._sums.items():
             layer = self.narrowed(name, grads)
             if not layer.params or not sums or not self.terms:  # none where another than the model was called
@@ -88,6 +95,16 @@ class LayerRecord:
                 means = {key: tensor * scale if key in ("outer", "whole") else tensor for key, tensor in own.items()}
                 blocks[name] = block_of(layer, means, grads)
         return blocks
+
+    def _join(self, group: distributed.ProcessGroup) -> None:
+        """Make the sums, and the number of terms, those of all processes."""
+        device = next(iter(self.params.values())).device
+        own = {(name, key): tensor for name, sums in self._sums.items() for key, tensor in sums.items()}
+        own[TERMS, TERMS] = torch.tensor(float(self.terms), dtype=torch.float64)
+        self._sums, self._joint = {}, True
+        for (name, key), tensor in summed(own, device, group).items():
+            self._sums.setdefault(name, Sums())[key] = tensor
+        self.terms = int(self._sums.pop(TERMS)[TERMS])
 
     def narrowed(self, name: str, names: Container[str]) -> Layer:
         """A layer with those of its parameters that have these names."""
@@ -106,6 +123,7 @@ class LayerRecord:
     def _clear(self) -> None:
         self.terms, self.missed = 0, False
         self._sums: dict[str, Sums] = {}
+        self._joint = False
 
     def _of_call(self, layer: Layer, input: Tensor | None, gradient: Tensor) -> Sums:
         """The sums over one call of a layer: an example is an entry of its first axis."""

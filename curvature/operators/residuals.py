@@ -16,6 +16,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from curvature.distributed import place
+from curvature.linalg.deflation import derived
 from curvature.objective.losses import Likelihood, Loss, lacking
 from curvature.objective.objective import Objective
 
@@ -36,7 +38,7 @@ def residuals_of(objective: Objective, name: str, kind: FisherKind, *, samples: 
         case "type-2":
             return Expected(loss)
         case "sampled":
-            return Sampled(loss, name, samples, seed)
+            return Sampled(loss, name, samples, _of_process(objective, seed))
         case "empirical":
             return Observed(loss)
         case _:
@@ -47,7 +49,15 @@ def residuals_of(objective: Objective, name: str, kind: FisherKind, *, samples: 
 def signed(objective: Objective, name: str, kind: FisherKind, *, samples: int = 1, seed: int = 0) -> Residuals:
     """The same for all terms of an example at once, whose products then average to zero: with random signs."""
     residuals = residuals_of(objective, name, kind, samples=samples, seed=seed)
-    return residuals if kind == "sampled" else Signed(residuals, likelihood(objective, name), seed)
+    return (
+        residuals if kind == "sampled" else Signed(residuals, likelihood(objective, name), _of_process(objective, seed))
+    )
+
+
+def _of_process(objective: Objective, seed: int) -> int:
+    """A seed of its own for each process that has a share of the data: draws for different terms are independent."""
+    rank, _ = place(objective.group)
+    return derived(seed + rank) if rank else seed
 
 
 def likelihood(objective: Objective, name: str) -> Likelihood:
@@ -144,11 +154,11 @@ class Streams:
             self.seeds.manual_seed(self.seed)
             self.generators = []
         self.last = index
-        for place in count():
-            if place == len(self.generators):
+        for number in count():
+            if number == len(self.generators):
                 draw = int(torch.randint(2**62, (), generator=self.seeds))
                 self.generators.append(torch.Generator().manual_seed(draw))
-            yield self.generators[place]
+            yield self.generators[number]
 
 
 def _terms(loss: Likelihood, outputs: Tensor, targets: Any) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, distributed
 
 from curvature.linalg.deflation import derived
 from curvature.objective.objective import Objective
@@ -25,7 +25,8 @@ class Evidence:
     of the whole training. `objective` is the mini-batch as a function of the parameters where they are now, of those of
     the block alone and in its order, for rules that ask for it: it is made when it is first looked at, by `place`,
     which copies parameters. `drawn` are random signs (k, n) and the products of the
-    Hessian with them, where they came along with the gradient.
+    Hessian with them, where they came along with the gradient. `group` are the processes that the gradient is a mean
+    over, where there are several.
     """
 
     grad: Float[Tensor, " n"]
@@ -35,6 +36,7 @@ class Evidence:
     place: Callable[[], Objective] | None = None
     taken: int = 0
     drawn: Drawn | None = None
+    group: distributed.ProcessGroup | None = None
 
     @cached_property
     def objective(self) -> Objective | None:

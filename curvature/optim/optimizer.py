@@ -10,8 +10,9 @@ from typing import Any, TypedDict, get_args
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, distributed
 
+from curvature.distributed import several
 from curvature.errors import NeedsEvidence, NonFinite
 from curvature.linalg.deflation import derived
 from curvature.linalg.operator import LinearOperator
@@ -31,7 +32,7 @@ from curvature.optim.update import Finish, Momentum
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 WHOLE = "block."  # how the names begin of what belongs to a block as a whole
-OWN = ("preconditioner", "momentum", "control", "finish", "fallback", "roles", "seed")
+OWN = ("preconditioner", "momentum", "control", "finish", "fallback", "roles", "seed", "group")
 NUMBER = (int, float)
 FAILURES = 3  # steps in a row with a gradient that is not finite, after which training has come to an end
 
@@ -44,6 +45,7 @@ class Options(TypedDict, total=False):
     fallback: Preconditioner
     roles: Mapping[str, Role] | None
     seed: int
+    group: distributed.ProcessGroup | None
 
 
 @dataclass
@@ -73,6 +75,10 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     A step in which the gradient of a parameter is not finite leaves that parameter alone; three in a row raise
     NonFinite, on a GPU at the next refresh. The state holds tensors only, in float32 or better whatever the parameters
     are, and is saved and loaded bit for bit.
+
+    Where several processes train the same parameters (DistributedDataParallel), gradients come as means over them, and
+    so do, over the processes of `group`, by default all, the losses and curvature that a rule or control asks for: each
+    calls `step` with its share of the mini-batch, and they remain the same to the last bit.
     """
 
     def __init__(
@@ -89,6 +95,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         fallback: Preconditioner = AdamDiagonal(),
         roles: Mapping[str, Role] | None = None,
         seed: int = 0,
+        group: distributed.ProcessGroup | None = None,
     ) -> None:
         if maximize and control.needs:
             raise ValueError(f"{type(control).__name__} lowers a loss. Give the negative of what is to be maximised.")
@@ -97,7 +104,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         self.roles: dict[str, Role] = dict(roles or {})
         if unknown := set(self.roles.values()) - set(get_args(Role)):
             raise ValueError(f"roles are {', '.join(get_args(Role))}, but got {', '.join(map(str, unknown))}.")
-        self.seed = seed
+        self.seed, self.group = seed, group
         self._slabs: list[Slab] = []  # this and the next change in place: Lightning's wrapper has the same lists
         self._observed: list[Objective] = []
         self._checked: list[Any] = []  # what the check of the first objective found: the model is the same
@@ -149,7 +156,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             for group in self.param_groups:
                 group["taken"] += 1
             placed = None if objective is None else lambda: self._placed(objective, None)
-            trial = Trial(moves, loss, closure, placed)
+            trial = Trial(moves, loss, closure, placed, several(self.group))
             self.control.settle(self.param_groups[0], trial)
             trial.decay()
         self._observed.clear()
@@ -275,7 +282,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         steps += 1 if fine is None else fine
         momentum = _momentum(slab)
         averaged = grad if momentum.after else momentum(state, grad, steps)
-        evidence = Evidence(grad, averaged, steps, self.seed, place, slab.group["taken"], drawn)
+        evidence = Evidence(grad, averaged, steps, self.seed, place, slab.group["taken"], drawn, several(self.group))
         kept = rule.update(state, block, evidence, due)
         direction = self._multiplied(slab, rule, state, block, evidence, averaged if kept is None else kept)
         if asks:  # the mini-batch may have no finite matrix where the gradient is finite
@@ -384,6 +391,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             params=own,
             frozen={name: p for name, p in live.items() if name not in own},
             buffers=cast(dict(module.named_buffers()), *place),
+            group=several(self.group),
             _health=self._checked,
         )
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, distributed
 
+from curvature.distributed import mean
 from curvature.objective.objective import Objective
 from curvature.operators.gauss_newton import ggn
 from curvature.optim.block import Block
@@ -63,7 +64,7 @@ class Trial:
     is asked, from where it began.
 
     Losses are those of the objective, where there is one, else of the closure, whose own first loss is not computed
-    again unless weights have decayed since.
+    again unless weights have decayed since, and the mean over the `group` of processes.
     """
 
     def __init__(
@@ -72,10 +73,12 @@ class Trial:
         loss: Any,
         closure: Callable[[], Any] | None,
         placed: Callable[[], Objective] | None,
+        group: distributed.ProcessGroup | None = None,
     ) -> None:
-        self.moves, self._closure, self._placed = moves, closure, placed
+        self.moves, self._closure, self._placed, self._group = moves, closure, placed, group
         self._loss = loss if placed is None else None
         self._start: list[list[Tensor]] | None = None
+        self._before: float | None = None
         self._decayed = False
 
     def decay(self) -> None:
@@ -90,9 +93,9 @@ class Trial:
     def loss(self) -> float:
         """The loss before the step."""
         self.decay()
-        if self._loss is None:
-            self._loss = self.here()
-        return _number(self._loss)
+        if self._before is None:
+            self._before = self.here() if self._loss is None else self._mean(self._loss)
+        return self._before
 
     @property
     def slope(self) -> float:
@@ -156,11 +159,12 @@ class Trial:
             p.grad = None  # so that the closure writes into others
         try:
             with torch.enable_grad():
-                return _number(self._closure())
+                return self._mean(self._closure())
         finally:
             for p, grad in zip(params, grads, strict=True):
                 p.grad = grad
 
-
-def _number(loss: Any) -> float:
-    return float(loss.detach() if isinstance(loss, Tensor) else loss)
+    def _mean(self, loss: Any) -> float:
+        """What a closure returned, over all processes."""
+        number = float(loss.detach() if isinstance(loss, Tensor) else loss)
+        return mean(number, self.moves[0].grad.device, self._group) if self.moves else number

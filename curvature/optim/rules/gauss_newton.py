@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import ClassVar, Unpack
 
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, distributed
 
+from curvature.distributed import place, summed
+from curvature.errors import NonFinite
 from curvature.linalg.inverse import inverse
 from curvature.linalg.operator import LinearOperator
+from curvature.linalg.structured import Diagonal
 from curvature.operators.egn import egn
 from curvature.optim.block import Block, Grain
 from curvature.optim.evidence import Evidence
@@ -44,7 +49,29 @@ class GaussNewton:
 
     def operator(self, state: State, block: Block, evidence: Evidence, damping: float | None) -> LinearOperator:
         assert evidence.objective is not None
-        return inverse(egn(evidence.objective), damping=self.damping if damping is None else damping)
+        group, shift = evidence.objective.group, self.damping if damping is None else damping
+        try:
+            own = inverse(egn(replace(evidence.objective, group=None)), damping=shift)
+        except NonFinite:
+            if group is None:
+                raise
+            own = Diagonal(block.zeros().fill_(math.nan), psd=True)  # others wait for it
+        return own if group is None else Mean(own, group)
+
+
+class Mean(LinearOperator):
+    """The mean of matrices of which each process has one: all multiply at once."""
+
+    symmetric = True
+
+    def __init__(self, own: LinearOperator, group: distributed.ProcessGroup) -> None:
+        self.group, self.domain, self.codomain, self.psd = group, own.domain, own.codomain, own.psd
+        self.parts = (own,)
+        self.source = {"operator": "mean over processes", "of": dict(own.source)}
+
+    def apply(self, rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
+        image = self.parts[0].apply(rows)
+        return summed({"": image}, image.device, self.group)[""] / place(self.group)[1]
 
 
 class EGN(PreconditionedOptimizer):
@@ -60,6 +87,9 @@ class EGN(PreconditionedOptimizer):
 
     All parameters of a group are one system, also those without a gradient, frozen or not used, which stay where they
     are: give it those that move, as in `EGN(p for p in model.parameters() if p.requires_grad)`.
+
+    With several processes the direction is the mean of those that each makes of its share of the mini-batch, by the
+    gradient of all (Wang et al. 2018, arXiv:1709.03528), and not that of one process with all data, as of NewtonCG.
 
     Korbit, Adeoye, Bemporad & Zanon 2024 (arXiv:2405.14402).
     """

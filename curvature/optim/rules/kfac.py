@@ -203,7 +203,7 @@ def _recorded(record: LayerRecord, block: Block, evidence: Evidence, begun: bool
         )
     own = [names[id(p)] for p in block.params]
     grads = dict(zip(own, block.scattered(evidence.grad), strict=True))
-    factors = record.factors(grads) if evidence.grad.any() else {}
+    factors = record.factors(grads, evidence.group) if evidence.grad.any() else {}
     if not factors:
         if begun or not evidence.grad.any():
             return None
