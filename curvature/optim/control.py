@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -16,6 +16,7 @@ Need = Literal["loss", "objective"]
 Memory = dict[str, Any]  # the first parameter group, in which numbers are kept from step to step
 
 
+@runtime_checkable
 class StepControl(Protocol):
     """Frozen hyperparameters; what changes is kept as numbers in the first parameter group."""
 

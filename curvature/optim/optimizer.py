@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
+from inspect import signature
 from typing import Any, TypedDict, get_args
 
 import torch
@@ -22,6 +23,7 @@ from curvature.objective.objective import Objective
 from curvature.objective.params import ParamSpace
 from curvature.operators.hessian import gradient_and_products
 from curvature.optim.block import Block, Role, blocks_of, role_of
+from curvature.optim.checks import check_closure, check_group, check_mini_batch, check_names, check_part, listed, number
 from curvature.optim.control import Fixed, StepControl
 from curvature.optim.evidence import Drawn, Evidence
 from curvature.optim.preconditioner import Preconditioner, State
@@ -97,6 +99,14 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         group: distributed.ProcessGroup | None = None,
     ) -> None:
+        check_part("preconditioner", preconditioner, Preconditioner, "AdamDiagonal()")
+        check_part("fallback", fallback, Preconditioner, "AdamDiagonal()")
+        check_part("control", control, StepControl, "Fixed() or Armijo()")
+        for part in finish:
+            check_part("Each finish", part, Finish, "ClipNorm()")
+        number("seed", seed)
+        if not isinstance(roles, Mapping | None):
+            raise TypeError(f'roles are a dict of roles by globs of names, as {{"head.*": "head"}}, but got {roles!r}.')
         if maximize and control.needs:
             raise ValueError(f"{type(control).__name__} lowers a loss. Give the negative of what is to be maximised.")
         self.preconditioner, self.momentum, self.control = preconditioner, momentum, control
@@ -111,13 +121,22 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "momentum": momentum.beta, "taken": 0}
         defaults |= {"fallback_momentum": 0.9} | {"fallback_" + name: v for name, v in _numbers(fallback).items()}
         defaults |= _numbers(preconditioner) | control.begin(_numbers(preconditioner))
-        super().__init__(params, defaults)  # pyright: ignore[reportArgumentType]
+        super().__init__(listed(params), defaults)
 
     # What torch expects
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        _check_group(self.param_groups[-1])
+        group = self.param_groups[-1]
+        try:
+            check_group(group, {*signature(type(self)).parameters, *Options.__annotations__}, self.defaults)
+            check_names([name for other in self.param_groups for name in self._names(other)])
+            for rule, prefix in ((self.preconditioner, ""), (self.fallback, "fallback_")):
+                _with_numbers(rule, group, prefix)
+            replace(self.momentum, beta=group["momentum"])
+        except (TypeError, ValueError):
+            self.param_groups.pop()  # as it was before
+            raise
         self._slabs.clear()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -146,10 +165,13 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         """
         loss = None
         if closure is not None:
+            check_closure(closure)
             with torch.enable_grad():
                 loss = closure()
         if objective is None and self._observed:
             objective = self._observed[0]
+        if objective is not None:
+            check_mini_batch(objective)
         self._need_evidence(closure, objective)
         with torch.no_grad():
             moves = [m for slab in self.slabs for m in self._moves(slab, objective)]
@@ -167,6 +189,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
         Of several before one step the last counts, as that of the last part where gradients are accumulated.
         """
+        check_mini_batch(objective)
         self._observed[:] = [objective]
 
     # What it is
@@ -448,11 +471,14 @@ def _fields(kind: type) -> tuple[str, ...]:
 
 def _rule(slab: Slab) -> Preconditioner:
     """The rule of a slab with the hyperparameters that its group has now."""
-    group, prefix = slab.group, "" if slab.covered else "fallback_"
-    changed = {name: group[prefix + name] for name, v in _numbers(slab.rule).items() if group[prefix + name] != v}
-    if changed:
-        slab.rule = replace(slab.rule, **changed)  # pyright: ignore[reportArgumentType]
+    slab.rule = _with_numbers(slab.rule, slab.group, "" if slab.covered else "fallback_")
     return slab.rule
+
+
+def _with_numbers(rule: Preconditioner, group: Mapping[str, Any], prefix: str) -> Preconditioner:
+    """A rule with the numbers of a group."""
+    changed = {name: group[prefix + name] for name, v in _numbers(rule).items() if group[prefix + name] != v}
+    return replace(rule, **changed) if changed else rule  # pyright: ignore[reportArgumentType]
 
 
 def _due(slab: Slab, rule: Preconditioner, rows: Iterable[int]) -> bool:
@@ -524,21 +550,4 @@ def _check_failures(failures: Float[Tensor, " b"], block: Block, what: str) -> N
         raise NonFinite(
             f"The {what} of {name} were not finite in {int(failures[worst])} steps in a row.",
             "Lower the learning rate, or clip gradients; the parameters are those before these steps.",
-        )
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    """ValueError for what no step could be made with."""
-    if not float(group["lr"]) >= 0:
-        raise ValueError(f"lr is 0 or more, but got {group['lr']}.")
-    if not group["weight_decay"] >= 0:
-        raise ValueError(f"weight_decay is 0 or more, but got {group['weight_decay']}.")
-    wrong = [p for p in group["params"] if not p.is_floating_point()]
-    if wrong:
-        raise ValueError(f"Expected real parameters, but got one of {wrong[0].dtype}.")
-    shards = [p for p in group["params"] if type(p.data).__name__ == "DTensor"]
-    if shards:
-        raise ValueError(
-            f"Expected whole parameters, but one of {tuple(shards[0].shape)} is a DTensor, as of fully_shard. "
-            "Train with DistributedDataParallel, where every process has them all."
         )

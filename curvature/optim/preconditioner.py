@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ State = dict[str, Tensor]
 Need = Literal["grad", "objective", "signs"]
 
 
+@runtime_checkable
 class Preconditioner(Protocol):
     """Frozen hyperparameters, and what is done with them to the state of a block.
 

@@ -4,13 +4,14 @@ grafting, clipping and matching of scales."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from curvature.optim.block import Block
+from curvature.optim.checks import check_numbers, number
 from curvature.optim.evidence import Evidence, debiased
 from curvature.optim.preconditioner import Preconditioner, State
 
@@ -33,6 +34,7 @@ class Momentum:
     after: bool = False
 
     def __post_init__(self) -> None:
+        number("momentum", self.beta)
         if not 0 <= self.beta < 1:
             raise ValueError(f"The decay of a momentum is at least 0 and less than 1, but got {self.beta}.")
 
@@ -53,6 +55,7 @@ class Momentum:
         return debiased(ahead, self.beta, step) if self.corrected else ahead
 
 
+@runtime_checkable
 class Finish(Protocol):
     """What is done to a direction."""
 
@@ -100,6 +103,7 @@ class ClipKL:
     limit: float = 1e-3
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not self.limit > 0:
             raise ValueError(f"The limit of a KL divergence is above 0, but got {self.limit}.")
 

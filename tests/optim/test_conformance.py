@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import curvature as cv
 from curvature.errors import NonFinite
-from curvature.optim import PSGD, Fixed
+from curvature.optim import PSGD, Armijo, Fixed
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -545,6 +546,79 @@ def test_an_objective_that_is_not_asked_for_is_not_made(case, monkeypatch):
         made.clear()
         case.step(net, optimizer, batch)
         assert bool(made) == asked[-1]
+
+
+WRONG = (  # of every optimizer
+    ({"lr": "x"}, TypeError, "lr is a number, but got 'x'"),
+    ({"lr": None}, TypeError, "lr is a number, but got None"),
+    ({"lr": -1.0}, ValueError, "lr is 0 or more, and finite, but got -1.0"),
+    ({"lr": float("nan")}, ValueError, "lr is 0 or more, and finite, but got nan"),
+    ({"lr": torch.ones(2)}, ValueError, r"lr is one number, but got a tensor of \(2,\)"),
+    ({"weight_decay": "x"}, TypeError, "weight_decay is a number, but got 'x'"),
+    ({"weight_decay": -0.1}, ValueError, "weight_decay is 0 or more, and finite, but got -0.1"),
+    ({"seed": "x"}, TypeError, "seed is a number, but got 'x'"),
+    ({"control": "armijo"}, TypeError, r"control is a StepControl, such as Fixed\(\) or Armijo\(\), but got 'armijo'"),
+    ({"control": Armijo}, TypeError, "control is a StepControl"),
+    ({"control": Armijo(decrease="x")}, TypeError, "decrease is a number, but got 'x'"),  # pyright: ignore
+    ({"fallback": "adam"}, TypeError, r"fallback is a Preconditioner, such as AdamDiagonal\(\), but got 'adam'"),
+    ({"roles": "head"}, TypeError, "roles are a dict of roles by globs of names, .* but got 'head'"),
+    ({"params": nn.Linear(1, 1)}, TypeError, r"but got a Linear. Give model.named_parameters\(\)"),
+    ({"params": {"a": nn.Parameter(torch.ones(1))}}, TypeError, r"but got a dict. Give model.named_parameters\(\)"),
+    ({"params": None}, TypeError, r"but got a NoneType. Give model.named_parameters\(\)"),
+    ({"params": []}, ValueError, "empty parameter list: .* this iterator was gone through before"),
+    ({"params": ["a"]}, TypeError, "can only optimize Tensors, but one of the params is str"),
+    ({"params": torch.ones(2)}, TypeError, "should be an iterable of Tensors or dicts, but got"),
+    ({"params": [("a", nn.Parameter(torch.ones(i + 1))) for i in range(2)]}, ValueError, "parameters are called a"),
+    ({"params": [torch.arange(3)]}, ValueError, "Expected real parameters, but got one of torch.int64"),
+)
+
+
+def test_arguments_are_checked_and_the_error_says_what_came(case):
+    named = list(awkward().named_parameters())
+    for wrong, error, words in WRONG:
+        with pytest.raises(error, match=words):
+            case.make(**{"params": named, **wrong})
+    arguments = inspect.signature(case.kind).parameters
+    for name in {"momentum", "damping", "every", "eps", "rate", "window"} & set(arguments):
+        with pytest.raises(TypeError, match="is a number, but got 'x'"):
+            case.make(named, **{name: "x"})
+    if "betas" in arguments:
+        for betas in ((0.9,), (0.9, 0.9, 0.9), 0.9, "xy"):
+            with pytest.raises(ValueError, match=r"betas are two numbers, .* but got"):
+                case.make(named, betas=betas)
+        with pytest.raises(TypeError, match="Each of betas is a number, but got 'x'"):
+            case.make(named, betas=("x", 0.9))
+
+
+def test_groups_that_it_cannot_take_leave_it_as_it_was(case):
+    net = awkward()
+    named = list(net.named_parameters())
+    optimizer = case.make(named[:4])
+    wrong = [
+        ({"lr": "x"}, TypeError, "lr is a number, but got 'x'"),
+        ({"momentum": 1.0}, ValueError, "less than 1, but got 1.0"),
+        ({"fallback_beta2": 1.0}, ValueError, "Expected 0 <= beta2 < 1 and eps >= 0, but got 1.0"),
+        ({"roles": {}}, ValueError, "A group has no roles of its own. It may have .*lr, "),
+    ]
+    for more, error, words in wrong:
+        with pytest.raises(error, match=words):
+            optimizer.add_param_group({"params": named[4:], **more})
+        assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": named[4:]})
+    losses = case.train(net, optimizer, batches(2))
+    assert losses[0] != losses[1]
+
+
+def test_what_is_no_mini_batch_or_closure_is_refused(case):
+    net = awkward()
+    optimizer, objective = case.make(net.named_parameters()), cv.Objective.of(net, "cross-entropy", batches(1))
+    for give in (lambda: optimizer.observe("x"), lambda: optimizer.step(objective="x")):  # pyright: ignore
+        with pytest.raises(TypeError, match=r"as a curvature.Objective, but got 'x'. Give Objective.of\(model, loss"):
+            give()
+    with pytest.raises(TypeError, match=r"a function that returns the loss, .*Call step\(objective=\.\.\.\)"):
+        optimizer.step(objective)  # pyright: ignore
+    with pytest.raises(TypeError, match=r"a function that returns the loss, but got 3.0. Call step\(\)"):
+        optimizer.step(3.0)  # pyright: ignore
 
 
 def test_without_the_objective_it_says_what_to_pass(case):

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from curvature.linalg.structured import Diagonal
 from curvature.optim.block import Block, Grain
+from curvature.optim.checks import check_numbers
 from curvature.optim.evidence import Evidence, debiased
 from curvature.optim.preconditioner import Need, State
 
@@ -22,6 +23,11 @@ class AdamDiagonal:
     eps: float = 1e-8
     needs: ClassVar[frozenset[Need]] = frozenset({"grad"})
     grain: ClassVar[Grain] = "shape"
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if not 0 <= self.beta2 < 1 or not self.eps >= 0:
+            raise ValueError(f"Expected 0 <= beta2 < 1 and eps >= 0, but got {self.beta2} and {self.eps}.")
 
     @property
     def every(self) -> int:

@@ -19,6 +19,7 @@ from curvature.objective.products import pulled
 from curvature.operators.hessian import hessian
 from curvature.operators.residuals import residuals_of
 from curvature.optim.block import Block, Grain
+from curvature.optim.checks import check_numbers, decays
 from curvature.optim.evidence import Evidence
 from curvature.optim.optimizer import FAILURES, Options, Params, PreconditionedOptimizer
 from curvature.optim.preconditioner import Need, State
@@ -142,6 +143,7 @@ class HessianPower(AveragedDiagonal):
 
 
 def _check(rule: CurvatureRatio | HessianPower) -> None:
+    check_numbers(rule)
     if not 0 <= rule.beta < 1:
         raise ValueError(f"The decay of curvature is at least 0 and less than 1, but got {rule.beta}.")
     if not rule.eps > 0:
@@ -230,6 +232,7 @@ class SophiaG(PreconditionedOptimizer):
         samples: int = 1,
         **options: Unpack[Options],
     ) -> None:
+        betas = decays(betas)
         super().__init__(
             params,
             lr,
@@ -264,6 +267,7 @@ class SophiaH(PreconditionedOptimizer):
         products: int = 1,
         **options: Unpack[Options],
     ) -> None:
+        betas = decays(betas)
         super().__init__(
             params,
             lr,
@@ -305,6 +309,7 @@ class AdaHessian(PreconditionedOptimizer):
         run: int | None = None,
         **options: Unpack[Options],
     ) -> None:
+        betas = decays(betas)
         super().__init__(
             params,
             lr,

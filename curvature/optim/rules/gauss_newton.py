@@ -16,6 +16,7 @@ from curvature.linalg.operator import LinearOperator
 from curvature.linalg.structured import Diagonal
 from curvature.operators.egn import egn
 from curvature.optim.block import Block, Grain
+from curvature.optim.checks import check_numbers
 from curvature.optim.evidence import Evidence
 from curvature.optim.optimizer import Options, Params, PreconditionedOptimizer
 from curvature.optim.preconditioner import Need, State
@@ -31,6 +32,7 @@ class GaussNewton:
     grain: ClassVar[Grain] = "model"
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not self.damping > 0:
             raise ValueError(f"The damping is above 0, but got {self.damping}.")
 

@@ -18,6 +18,7 @@ from curvature.operators.kfac import Bases, Sharing, kfac, second_moments
 from curvature.operators.layer_record import LayerRecord
 from curvature.operators.residuals import FisherKind
 from curvature.optim.block import Block, Grain
+from curvature.optim.checks import check_numbers
 from curvature.optim.evidence import Evidence
 from curvature.optim.optimizer import Options, Params, PreconditionedOptimizer
 from curvature.optim.preconditioner import Need, State
@@ -67,6 +68,7 @@ class KroneckerFisher:
     grain: ClassVar[Grain] = "model"
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.fisher not in ("sampled", "empirical", "type-2"):
             raise ValueError(f"fisher is 'sampled', 'empirical' or 'type-2', but got {self.fisher!r}.")
         if self.sharing not in ("expand", "reduce"):

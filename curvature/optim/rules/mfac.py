@@ -15,6 +15,7 @@ from curvature.linalg.inverse import inverse
 from curvature.linalg.operator import LinearOperator, identity
 from curvature.linalg.window import GradientWindow, Window
 from curvature.optim.block import Block, Grain
+from curvature.optim.checks import check_numbers, number
 from curvature.optim.evidence import Evidence
 from curvature.optim.optimizer import WHOLE, Options, Params, PreconditionedOptimizer
 from curvature.optim.preconditioner import Need, Preconditioner, State
@@ -123,8 +124,9 @@ def _name(name: str) -> str:
     return name if name in COLUMNS else WHOLE + name
 
 
-def _check(rule: WindowFisher) -> None:
-    if rule.window < 1 or rule.window != int(rule.window):
+def _check(rule: DenseFisher | SparseFisher | LowRankFisher) -> None:
+    check_numbers(rule)
+    if rule.window < 1:
         raise ValueError(f"window is a whole number, 1 or more, but got {rule.window}.")
     if not rule.damping > 0:
         raise ValueError(f"damping is above 0, but got {rule.damping}.")
@@ -197,6 +199,7 @@ class EFCP(PreconditionedOptimizer):
         graft: Preconditioner | None = AdamDiagonal(),
         **options: Unpack[Options],
     ) -> None:
+        number("momentum", momentum)
         if momentum and graft is not None:
             raise ValueError(
                 f"Momentum {momentum} is of directions whose lengths differ by orders, and grafting would follow the "

@@ -14,6 +14,7 @@ from curvature.linalg.operator import LinearOperator
 from curvature.linalg.space import Space
 from curvature.linalg.tensors import TensorKronecker
 from curvature.optim.block import Block, Grain
+from curvature.optim.checks import check_numbers
 from curvature.optim.evidence import Evidence
 from curvature.optim.optimizer import Options, Params, PreconditionedOptimizer
 from curvature.optim.preconditioner import Need, State
@@ -46,6 +47,7 @@ class NewtonSchulz:
     grain: ClassVar[Grain] = "shape"
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not self.steps >= 1:
             raise ValueError(f"steps is 1 or more, but got {self.steps}.")
         if self.dtype not in (None, *DTYPES):

@@ -15,6 +15,7 @@ from curvature.linalg.solve import solve
 from curvature.operators.gauss_newton import ggn
 from curvature.operators.hessian import hessian
 from curvature.optim.block import Block, Grain
+from curvature.optim.checks import check_numbers
 from curvature.optim.evidence import Evidence
 from curvature.optim.optimizer import Options, Params, PreconditionedOptimizer
 from curvature.optim.preconditioner import Need, State
@@ -36,6 +37,7 @@ class TruncatedNewton:
     grain: ClassVar[Grain] = "model"
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.matrix not in ("ggn", "hessian"):
             raise ValueError(f"matrix is 'ggn' or 'hessian', but got {self.matrix!r}.")
         if not self.damping >= 0 or not 0 < self.rtol < 1 or self.max_steps < 1:

@@ -13,6 +13,7 @@ from torch import Tensor
 from curvature.linalg.operator import LinearOperator
 from curvature.linalg.structured import BlockDiagonal, Diagonal, Kronecker, Places
 from curvature.optim.block import Block, Grain
+from curvature.optim.checks import check_numbers
 from curvature.optim.evidence import Evidence
 from curvature.optim.optimizer import Options, Params, PreconditionedOptimizer
 from curvature.optim.preconditioner import Need, State
@@ -54,6 +55,7 @@ class KroneckerWhitening:
     grain: ClassVar[Grain] = "shape"
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check(self.fit, self.rate, self.eps, self.every)
 
     def refuses(self, block: Block) -> str | None:

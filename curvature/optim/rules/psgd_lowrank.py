@@ -12,6 +12,7 @@ from curvature.linalg.operator import LinearOperator
 from curvature.linalg.outer import Outer
 from curvature.linalg.structured import Diagonal
 from curvature.optim.block import Block, Grain
+from curvature.optim.checks import check_numbers
 from curvature.optim.evidence import Evidence
 from curvature.optim.preconditioner import Need, State
 from curvature.optim.rules.psgd_fit import Fit, capped, check, first_scale, fits, noise_like, pair, tracked
@@ -37,6 +38,7 @@ class LowRankWhitening:
     grain: ClassVar[Grain] = "model"
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check(self.fit, self.rate, self.eps, self.every)
         if not self.rank >= 1:
             raise ValueError(f"rank is 1 or more, or None for Kronecker factors, but got {self.rank}.")

@@ -15,6 +15,7 @@ from curvature.linalg.operator import LinearOperator
 from curvature.linalg.roots import Roots, basis_roots, eigen_roots, eigenbasis, newton_roots, whole_products
 from curvature.linalg.tensors import TensorKronecker, Tiled, Tiling, add_gram_, unfolded
 from curvature.optim.block import Block, Grain
+from curvature.optim.checks import check_numbers, decays
 from curvature.optim.evidence import Evidence, debiased
 from curvature.optim.optimizer import Options, Params, PreconditionedOptimizer
 from curvature.optim.preconditioner import Need, Preconditioner, State
@@ -68,6 +69,7 @@ class KroneckerRoots:
     grain: ClassVar[Grain] = "shape"
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check(self.eps, every=self.every, max_dim=self.max_dim)
         if not 0 <= self.beta2 <= 1:
             raise ValueError(f"The decay of a second moment is from 0 to 1, which makes a sum, but got {self.beta2}.")
@@ -187,6 +189,7 @@ class Shampoo(PreconditionedOptimizer):
         graft: Preconditioner | None = AdamDiagonal(),
         **options: Unpack[Options],
     ) -> None:
+        betas = decays(betas)
         super().__init__(
             params,
             lr,

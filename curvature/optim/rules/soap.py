@@ -14,6 +14,7 @@ from torch import Tensor
 from curvature.linalg.roots import eigenbasis, symmetric, whole_products
 from curvature.linalg.tensors import TensorSpectral, add_gram_, contracted, outer, unfolded
 from curvature.optim.block import Block, Grain
+from curvature.optim.checks import check_numbers, decays
 from curvature.optim.evidence import Evidence, debiased
 from curvature.optim.optimizer import Options, Params, PreconditionedOptimizer
 from curvature.optim.preconditioner import Need, State
@@ -48,6 +49,7 @@ class AdamInEigenbasis:
     grain: ClassVar[Grain] = "shape"
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check(self.eps, every=self.every, max_dim=self.max_dim)
         _check_decay(self.beta2)
         if self.refresh not in ("before", "after"):
@@ -134,6 +136,7 @@ class KroneckerCovariance:
     grain: ClassVar[Grain] = "shape"
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check(self.eps, every=self.every, max_dim=self.max_dim)
         _check_decay(self.beta2)
 
@@ -224,6 +227,7 @@ class SOAP(PreconditionedOptimizer):
         refresh: Literal["before", "after"] = "before",
         **options: Unpack[Options],
     ) -> None:
+        betas = decays(betas)
         rule = AdamInEigenbasis(betas[1], eps, every, max_dim, merge, one_sided, refresh)
         momentum = Momentum(betas[0], corrected=True)  # of gradients: turned now or at each refresh, it is the same
         super().__init__(params, lr, rule, momentum=momentum, weight_decay=weight_decay, **options)
@@ -253,6 +257,7 @@ class KLShampoo(PreconditionedOptimizer):
         one_sided: bool = False,
         **options: Unpack[Options],
     ) -> None:
+        betas = decays(betas)
         rule = KroneckerCovariance(betas[1], eps, every, max_dim, merge, one_sided)
         momentum = Momentum(betas[0], corrected=True)
         super().__init__(params, lr, rule, momentum=momentum, weight_decay=weight_decay, **options)
