@@ -10,7 +10,7 @@ from math import prod
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from curvature.linalg.space import Space
@@ -74,7 +74,7 @@ class Block:
             return tensors[0].detach().reshape(-1).to(self.dtype)
         return torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).to(self.dtype)
 
-    def scattered(self, vector: Float[Tensor, " n"]) -> list[Tensor]:
+    def scattered(self, vector: Shaped[Tensor, " n"]) -> list[Tensor]:
         """The tensors whose entries a vector holds, as views."""
         pieces = vector.split([p.numel() for p in self.params])
         return [piece.view(p.shape) for piece, p in zip(pieces, self.params, strict=True)]
