@@ -166,7 +166,7 @@ def _batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Tensor:
+) -> Any:
     """In evaluation the scaling and shift that it is: torch's double backward does the arithmetic of training."""
     if training or running_mean is None or running_var is None:
         return NotImplemented
@@ -206,7 +206,7 @@ def _embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
-) -> Tensor:
+) -> Any:
     """Rows of `weight` whose gradient is dense and that of the loss.
 
     `scale_grad_by_freq` makes it the gradient of no function: its Jacobian is not symmetric. It is ignored.
@@ -246,7 +246,7 @@ def _embedding_bag(
     per_sample_weights: Tensor | None = None,
     include_last_offset: bool = False,
     padding_idx: int | None = None,
-) -> Tensor:
+) -> Any:
     """Rows of `weight`, then their sum, mean or maximum over each bag: torch's backward has no derivative.
 
     No shape depends on the values of `input`, so this runs under vmap too.
@@ -314,7 +314,7 @@ def _largest(rows: Tensor, kept: Tensor, bag: Tensor, bags: int) -> Tensor:
 
 
 @_instead_of(torch.cdist, name="cdist")
-def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "use_mm_for_euclid_dist_if_necessary") -> Tensor:
+def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "use_mm_for_euclid_dist_if_necessary") -> Any:
     """Distances between all rows: torch's backward has no derivative, or one that is nan at distance zero.
 
     All differences are formed, except where torch itself takes matrix products to save their memory.

@@ -559,7 +559,6 @@ WRONG = (  # of every optimizer
     ({"seed": "x"}, TypeError, "seed is a number, but got 'x'"),
     ({"control": "armijo"}, TypeError, r"control is a StepControl, such as Fixed\(\) or Armijo\(\), but got 'armijo'"),
     ({"control": Armijo}, TypeError, "control is a StepControl"),
-    ({"control": Armijo(decrease="x")}, TypeError, "decrease is a number, but got 'x'"),  # pyright: ignore
     ({"fallback": "adam"}, TypeError, r"fallback is a Preconditioner, such as AdamDiagonal\(\), but got 'adam'"),
     ({"roles": "head"}, TypeError, "roles are a dict of roles by globs of names, .* but got 'head'"),
     ({"params": nn.Linear(1, 1)}, TypeError, r"but got a Linear. Give model.named_parameters\(\)"),
@@ -578,6 +577,8 @@ def test_arguments_are_checked_and_the_error_says_what_came(case):
     for wrong, error, words in WRONG:
         with pytest.raises(error, match=words):
             case.make(**{"params": named, **wrong})
+    with pytest.raises(TypeError, match="decrease is a number, but got 'x'"):
+        case.make(named, control=Armijo(decrease="x"))  # pyright: ignore
     arguments = inspect.signature(case.kind).parameters
     for name in {"momentum", "damping", "every", "eps", "rate", "window"} & set(arguments):
         with pytest.raises(TypeError, match="is a number, but got 'x'"):

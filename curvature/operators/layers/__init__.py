@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from curvature.errors import CurvatureError
@@ -65,7 +65,7 @@ class Layer:
         parts = [self.kind.outputs(self.module, gradient) for gradient in gradients]
         return _joined([self._by_example(part, examples) for part in parts])
 
-    def arranged(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, "g o i"]:
+    def arranged(self, tensors: Mapping[str, Tensor]) -> Shaped[Tensor, "g o i"]:
         """Tensors shaped like its parameters as the matrices that act on the inputs, the bias their last column."""
         parts = []
         if self.weight is not None:
