@@ -11,6 +11,7 @@ from torch import Tensor
 
 from curvature.linalg.operator import LinearOperator
 from curvature.objective.objective import Objective
+from curvature.objective.passes import Passes
 from curvature.objective.products import gradient_graph, hessian_product
 from curvature.operators.engine import Engine, Linear, Memory, ObjectiveOperator, Recipe
 
@@ -41,9 +42,11 @@ def gradient_and_products(
         gradient = [
             torch.zeros_like(p) if g is None else g.detach() for p, g in zip(leaves.values(), grads, strict=True)
         ]
-        return torch.stack([space.flatten(gradient), *(hessian_product(space, leaves, grads, row) for row in rows)])
+        products = [hessian_product(space, leaves, grads, row) for row in rows]
+        return torch.cat([piece.reshape(-1) for piece in (*gradient, *products)]).view(-1, space.size)
 
-    found = objective.average(term)
+    found, terms = Passes(objective).total(term)
+    found /= terms
     if objective.l2:
         found.add_(torch.cat([objective.position[None], rows]), alpha=objective.l2)
     return found[0], found[1:]

@@ -86,8 +86,8 @@ class CurvatureRatio(AveragedDiagonal):
             raise ValueError(f"rho is above 0, but got {self.rho}.")
 
     def operator(self, state: State, block: Block, evidence: Evidence, damping: float | None) -> Diagonal:
-        bounded = (state["curvature"] * self.rho).clamp(min=self.eps)
-        return Diagonal(bounded.reciprocal(), space=block.space, psd=True)
+        bounded = (state["curvature"] * self.rho).clamp_(min=self.eps)
+        return Diagonal(bounded.reciprocal_(), space=block.space, psd=True)
 
 
 @dataclass(frozen=True)
@@ -134,12 +134,15 @@ class HessianPower(AveragedDiagonal):
     def estimate(self, block: Block, evidence: Evidence) -> Float[Tensor, " n"]:
         estimate = _signed(evidence, self.draws).to(block.dtype)
         if self.averaging == "released":
-            estimate = estimate.abs()
-        return torch.cat([_smoothed(some, self.run).flatten() for some in block.scattered(estimate)]).square()
+            estimate = estimate.abs_()
+        if self.run is not None or any(p.ndim > 2 for p in block.params):
+            estimate = torch.cat([_smoothed(some, self.run).flatten() for some in block.scattered(estimate)])
+        return estimate.square_()
 
     def operator(self, state: State, block: Block, evidence: Evidence, damping: float | None) -> Diagonal:
         corrected = state["curvature"] / (1 - self.beta ** state["block.estimates"]).to(block.dtype)
-        return Diagonal((corrected ** (self.power / 2) + self.eps).reciprocal(), space=block.space, psd=True)
+        sizes = corrected.sqrt_() if self.power == 1 else corrected.pow_(self.power / 2)
+        return Diagonal(sizes.add_(self.eps).reciprocal_(), space=block.space, psd=True)
 
 
 def _check(rule: CurvatureRatio | HessianPower) -> None:
@@ -155,12 +158,13 @@ def _check(rule: CurvatureRatio | HessianPower) -> None:
 
 
 def _signed(evidence: Evidence, draws: int) -> Float[Tensor, " n"]:
-    """`hutchinson`, by the products that came along with the gradient where there are any."""
+    """`hutchinson`, by the products that came along with the gradient where there are any: a vector of its own."""
     assert evidence.objective is not None
     if evidence.drawn is None:
         return hutchinson(evidence.objective, draws, evidence.seed)
     signs, products = evidence.drawn
-    return (signs * products).mean(0)
+    estimates = signs * products
+    return estimates[0] if draws == 1 else estimates.mean(0)
 
 
 def hutchinson(objective: Objective, products: int, seed: int) -> Float[Tensor, " n"]:
