@@ -109,6 +109,25 @@ def check_group(group: Mapping[str, Any], arguments: Iterable[str], hyperparamet
         )
 
 
+def check_saved(groups: Iterable[Mapping[str, Any]], hyperparameters: Iterable[str], name: str) -> None:
+    """ValueError for the groups of a state that this optimizer has not saved."""
+    for group in groups:
+        if missing := sorted(set(hyperparameters) - set(group) - {"differentiable"}):  # of torch, for all
+            raise ValueError(
+                f"Expected a state of {name}, but got one of another optimizer, without {', '.join(missing)}. "
+                "Load what the same class has saved."
+            )
+
+
+def check_fits(name: str, tensor: str, saved: Tensor, place: Tensor) -> None:
+    """ValueError for a tensor of a saved state that is of another shape than its place."""
+    if saved.shape != place.shape:
+        raise ValueError(
+            f"The {tensor} of {name} was saved as {tuple(saved.shape)}, but here it is {tuple(place.shape)}. "
+            "Load it for the same model, with the same arguments."
+        )
+
+
 def check_names(names: list[str]) -> None:
     """ValueError for parameters of one name, which could not be told from each other."""
     if len(set(names)) < len(names):

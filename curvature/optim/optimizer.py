@@ -23,7 +23,17 @@ from curvature.objective.objective import Objective
 from curvature.objective.params import ParamSpace
 from curvature.operators.hessian import gradient_and_products
 from curvature.optim.block import Block, Role, blocks_of, role_of
-from curvature.optim.checks import check_closure, check_group, check_mini_batch, check_names, check_part, listed, number
+from curvature.optim.checks import (
+    check_closure,
+    check_fits,
+    check_group,
+    check_mini_batch,
+    check_names,
+    check_part,
+    check_saved,
+    listed,
+    number,
+)
 from curvature.optim.control import Fixed, StepControl
 from curvature.optim.evidence import Drawn, Evidence
 from curvature.optim.preconditioner import Preconditioner, State
@@ -146,6 +156,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of every optimizer; tensors keep their own dtype, where torch would give them that of the parameters."""
+        check_saved(state_dict["param_groups"], self.defaults, type(self).__name__)
         super().load_state_dict(state_dict)
         params = [p for group in self.param_groups for p in group["params"]]
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
@@ -379,7 +390,9 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         for i, p in enumerate(block.params):
             for name, tensor in self.state[p].items() if p in self.state else ():
                 if name in state:
-                    _part(state, name, block, i).copy_(tensor)
+                    place = _part(state, name, block, i)
+                    check_fits(block.names[i], name, tensor, place)
+                    place.copy_(tensor)
                 elif name.startswith(WHOLE):  # made by the rule when it saw the model
                     state[name] = tensor
         slab.state = state

@@ -610,6 +610,19 @@ def test_groups_that_it_cannot_take_leave_it_as_it_was(case):
     assert losses[0] != losses[1]
 
 
+def test_states_of_others_are_refused(case):
+    net, larger = (nn.Sequential(nn.Embedding(7, 2), nn.Flatten(), nn.Linear(4, n)) for n in (3, 5))
+    optimizer, other = case.make(net.named_parameters()), torch.optim.AdamW(net.named_parameters())
+    with pytest.raises(ValueError, match=r"but got one of another optimizer, without .*momentum"):
+        optimizer.load_state_dict(other.state_dict())
+    case.train(net, optimizer, batches(1))
+    if any(not name.startswith("block.") for name in optimizer.state[net[2].weight]):
+        wrong = case.make(larger.named_parameters())
+        wrong.load_state_dict(optimizer.state_dict())
+        with pytest.raises(ValueError, match=r"of [02]\.\w+ was saved as \(.*\), but here it is \(.*\). Load it for"):
+            _ = wrong.slabs
+
+
 def test_what_is_no_mini_batch_or_closure_is_refused(case):
     net = awkward()
     optimizer, objective = case.make(net.named_parameters()), cv.Objective.of(net, "cross-entropy", batches(1))
