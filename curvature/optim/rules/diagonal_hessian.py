@@ -295,7 +295,7 @@ class AdaHessian(PreconditionedOptimizer):
     lr is that of Newton's method, 1 for a quadratic with a diagonal Hessian, where power is 1; not that of AdamW. Where
     there is no curvature a step is lr m / eps: with the authors' lr and eps, which are these, 1500 times the momentum.
     ReLU networks have many such entries, the more so the better the diagonal is known (`products`): if the loss leaps,
-    take eps=1e-2 before a smaller lr.
+    try eps=1e-2 before a smaller lr.
 
     Yao, Gholami, Shen, Mustafa, Keutzer & Mahoney 2021 (arXiv:2006.00719).
     """
