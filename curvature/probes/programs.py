@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from operator import getitem
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
+from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -51,7 +53,7 @@ class Operations:
         tags = {tag for node in traced.graph.nodes for tag in getattr(node.target, "tags", ())}
         if torch.Tag.dynamic_output_shape in tags:
             raise ValueError("Shapes in the program depend on numbers in the batch.")
-        traced.graph.eliminate_dead_code()
+        _lighten(traced.graph)
         traced.recompile()
         return cls(traced.forward, torch.Tag.nondeterministic_seeded in tags)
 
@@ -141,6 +143,27 @@ def fused(program: Program) -> Program:
             return program(points, batch)
 
     return fast
+
+
+def _lighten(graph: Graph) -> None:
+    """The same with nothing that is not needed: copies of what nobody writes to, and views by way of torch's operators,
+    which take three times as long as those of tensors."""
+    graph.eliminate_dead_code()
+    written = any(_writes(node) for node in graph.nodes)
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten.view.default:
+            node.op, node.target = "call_method", "view"
+        elif node.target is torch.ops.aten.clone.default and not node.kwargs and not written:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _writes(node: Node) -> bool:
+    """Whether an operation changes what it is given: as its schema says, or batch normalisation in training."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return node.op == "call_function" and node.target is not getitem
+    return schema.is_mutable or (schema.name == "aten::native_batch_norm" and node.args[5] is not False)
 
 
 def _shapes(batch: Any) -> Hashable:
