@@ -9,6 +9,10 @@ is `random_plane` of that package, all data at once (`pip install --no-deps loss
 Contenders take turns, round after round; times and ratios are medians over the rounds, the ratios within each. On one
 thread it is the time of the processor; "load" is how many processes wanted one, before and after. All losses are
 compared with those of the plane at the same parameters.
+
+A loop with large tensors depends on what its process has done before: until glibc has seen a larger one freed, it takes
+their memory from the system page by page, which doubles the time of a convolutional network. The rows of "cnn", and of
+"resnet" with two threads, are of processes of their own (`--problems cnn`).
 """
 
 from __future__ import annotations
