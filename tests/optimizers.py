@@ -117,7 +117,7 @@ CASES = [
     ),
     OptimizerCase(PSGD, 3e-3, {"fit": "momentum", "max_skew": math.inf}, name="PSGD of momentum"),
     OptimizerCase(PSGD, 1e-2, {"rank": 3}, name="PSGD of low rank"),
-    OptimizerCase(PSGD, 1e-1, {"fit": "hessian"}, objective=True, name="PSGD of the Hessian"),
+    OptimizerCase(PSGD, 3e-2, {"fit": "hessian"}, objective=True, name="PSGD of the Hessian"),
     OptimizerCase(PSGD, 1e-1, {"fit": "hessian", "rank": 3}, objective=True, name="PSGD of the Hessian, low rank"),
     OptimizerCase(
         Shampoo,

@@ -20,7 +20,6 @@ from curvature.linalg.operator import LinearOperator
 from curvature.linalg.space import Space
 
 THIN = 32  # products with so few columns take five times as long as with so few rows, and a copy then costs less
-PANEL = 256  # rows of a symmetric product that are made at a time: with fewer they are no longer made at full speed
 Run = tuple[int, int, int]  # of an axis: where it begins, how many pieces, how long each
 
 
@@ -28,17 +27,6 @@ def unfolded(X: Float[Tensor, "b ..."], axis: int) -> Float[Tensor, "b d rest"]:
     """Each tensor as a matrix with a row for every place of an axis; `axis` 0 is the one after the stack."""
     X = X.movedim(axis + 1, 1)
     return X.reshape(*X.shape[:2], -1)
-
-
-def add_gram_(S: Float[Tensor, "b d d"], X: Float[Tensor, "b d rest"], *, decay: float, weight: float) -> None:
-    """S <- decay S + weight X X^T for symmetric S, of which only the upper triangle is right: so a large product takes
-    little more than half of the operations."""
-    if S.shape[-1] <= PANEL:
-        S.baddbmm_(X, X.mT, beta=decay, alpha=weight)
-        return
-    for start in range(0, S.shape[-1], PANEL):
-        rows = slice(start, start + PANEL)
-        S[:, rows, start:].baddbmm_(X[:, rows], X[:, start:].mT, beta=decay, alpha=weight)
 
 
 def contracted(

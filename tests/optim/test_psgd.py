@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 import curvature as cv
 from curvature.linalg.deflation import derived
+from curvature.linalg.packed import packed_size, unpacked
 from curvature.optim.block import Block
 from curvature.optim.evidence import Evidence
 from curvature.optim.rules import psgd_fit
 from curvature.optim.rules.psgd import PSGD, KroneckerNewton, KroneckerWhitening
-from curvature.optim.rules.psgd_fit import nearer_symmetric, scheduled, spectral_norm
+from curvature.optim.rules.psgd_fit import scheduled, spectral_norm
 from curvature.optim.rules.psgd_lowrank import LowRankNewton, LowRankWhitening
 
 F64 = torch.float64
@@ -55,6 +56,12 @@ def inverse_root(C: Tensor) -> Tensor:
 
 def off(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
+
+
+def factors(state: dict[str, Tensor], block: Block) -> list[Tensor]:
+    """Q of both sides, as matrices."""
+    held = zip((state["Q_left"], state["Q_right"]), block.matrix, strict=True)
+    return [q.diag_embed() if q.shape[1] == size else unpacked(q, size) for q, size in held]
 
 
 # Step by step
@@ -117,9 +124,8 @@ def test_the_matrix_of_a_stack_has_a_kronecker_product_for_each(shape, skew, sta
     block = block_of(*[shape] * stack, rule=KroneckerWhitening)
     P, state = fitted(rule, block, lambda t: draws(stack, *shape, seed=t), 5)
     each = []
-    for left, right in zip(state["Q_left"], state["Q_right"], strict=True):
-        left, right = (Q.diag() if Q.ndim == 1 else Q for Q in (left, right))
-        each.append(torch.kron(left.T @ left, right.T @ right))
+    for left, right in zip(*factors(state, block), strict=True):
+        each.append(torch.kron(left @ left, right @ right))
     torch.testing.assert_close(P, torch.block_diag(*each), rtol=1e-12, atol=1e-14)
 
 
@@ -138,9 +144,8 @@ def test_the_matrix_of_a_stack_has_a_kronecker_product_for_each(shape, skew, sta
 def test_sides_that_are_long_or_longer_than_the_other_have_a_diagonal(shape, options, dense):
     block = block_of(shape, shape, rule=KroneckerWhitening)
     state = KroneckerWhitening(**options).init(block)
-    assert (state["Q_left"].ndim == 3, state["Q_right"].ndim == 3) == dense
-    assert state["Q_left"].shape[:2] == (2, block.matrix[0])
-    assert state["Q_right"].shape[:2] == (2, block.matrix[1])
+    for side, size, full in zip(("left", "right"), block.matrix, dense, strict=True):
+        assert state[f"Q_{side}"].shape == (2, packed_size(size) if full else size)
 
 
 # Where it converges to
@@ -261,7 +266,7 @@ def test_no_stream_of_gradients_makes_it_infinite_or_singular(rank, dtype):
     assert all(t.isfinite().all() for t in state.values())
     assert torch.linalg.eigvalsh(P.double() / P.double().norm()).min() > 0
     if rank is None:
-        assert all((torch.linalg.det(state[f"Q_{side}"].double()) > 0).all() for side in ("left", "right"))
+        assert all((torch.linalg.eigvalsh(Q.double()) > 0).all() for Q in factors(state, block))
 
 
 def test_where_gradients_are_zero_it_stays_below_the_inverse_of_eps():
@@ -292,9 +297,8 @@ def test_gradients_that_are_all_zero_change_nothing(rank):
 # How it gets there
 
 
-@pytest.mark.parametrize("skew", [False, True])
 @pytest.mark.parametrize("kind", ["flat", "decaying", "one large", "low rank", "blocks", "zero"])
-def test_the_spectral_norm_is_met_from_below(kind, skew):
+def test_the_spectral_norm_is_met_from_below(kind):
     d = 60
     Q = torch.linalg.qr(draws(d, d, seed=1)).Q
     values = {
@@ -308,22 +312,10 @@ def test_the_spectral_norm_is_met_from_below(kind, skew):
         A = torch.block_diag(torch.ones(1, 1, dtype=F64), torch.full((d - 1, d - 1), 0.1, dtype=F64))
     else:
         A = Q * values[kind] @ Q.T
-    if skew:
-        A = A @ (draws(d, d, seed=2) - draws(d, d, seed=2).T) @ A
     found = spectral_norm(torch.stack([A, 1e-6 * A]), torch.Generator().manual_seed(0))
     exact = torch.linalg.matrix_norm(A, 2)
     assert (found <= torch.stack([exact, 1e-6 * exact]) * (1 + 1e-12)).all()
     assert (found >= 0.85 * torch.stack([exact, 1e-6 * exact])).all()
-
-
-def test_turning_makes_a_matrix_symmetric_and_keeps_its_square():
-    S = positive(5, 0)
-    rotation = torch.linalg.matrix_exp(0.2 * (draws(5, 5, seed=1) - draws(5, 5, seed=1).T))
-    Q, generator = (rotation @ S).unsqueeze(0), torch.Generator().manual_seed(0)
-    square = Q.mT @ Q
-    for _ in range(60):
-        Q = nearer_symmetric(Q, generator)
-    assert off(Q, Q.mT) < 1e-3 and off(Q.mT @ Q, square) < 1e-3
 
 
 def test_it_fits_at_every_step_at_first_then_at_ever_fewer_and_never_stops():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from curvature.errors import NonFinite
 from curvature.linalg.functions import power
+from curvature.linalg.packed import unpacked
 from curvature.linalg.roots import Basis
 from curvature.linalg.tensors import TensorSpectral
 from curvature.optim.block import Block
@@ -146,7 +147,9 @@ def settled(samples: Tensor, steps: int = 600) -> tuple[Tensor, Tensor, TensorSp
     state = rule.init(block)
     for t in range(1, steps + 1):
         rule.update(state, block, evidence(samples, t), t % 3 == 1)
-    L, R = (state[f"basis.{a}"][0] @ state[f"covariance.{a}"][0] @ state[f"basis.{a}"][0].T for a in (1, 2))
+    bases = [state[f"basis.{axis}"][0] for axis in (1, 2)]
+    inside = [unpacked(state[f"covariance.{axis}"], len(Q))[0] for axis, Q in zip((1, 2), bases, strict=True)]
+    L, R = (Q @ S @ Q.T for Q, S in zip(bases, inside, strict=True))
     return L, R, rule.operator(state, block, evidence(samples, steps), None)
 
 

@@ -26,17 +26,6 @@ def length_of(A: Tensor, generator: torch.Generator) -> Tensor:
     return best * scale
 
 
-def turned(Q: Tensor, generator: torch.Generator) -> Tensor:
-    R = Q.T - Q
-    norm = length_of(R, generator)
-    if norm == 0:
-        return Q
-    R = R / norm
-    rise, bend = (R @ Q).trace(), (R @ R @ Q).trace()
-    a = min(0.125, float(-rise / bend)) if bend < 0 else 0.125
-    return (I(len(Q), dtype=Q.dtype) + a * R + a**2 / 2 * R @ R) @ Q
-
-
 def finished(u: Tensor) -> Tensor:
     u = u * min(1.0, float(2 / u.square().mean().sqrt()))
     return u.clamp(-10, 10)
@@ -72,9 +61,8 @@ class Kronecker:
                 t1 = t1.diag().diag()
             ell = length_of(t1 + t2, generator) if self.dense[j] else (t1 + t2).max()
             self.L[j] = float(max(0.9 * self.L[j] + 0.1 * ell, ell))
-            self.Q[j] = self.Q[j] - self.rate / self.L[j] * (t1 - t2) @ self.Q[j]
-            if self.dense[j]:
-                self.Q[j] = turned(self.Q[j], generator)
+            left = I(d, dtype=h.dtype) - self.rate / self.L[j] / 2 * (t1 - t2)
+            self.Q[j] = left @ self.Q[j] @ left
         sizes = [q.abs().max() for q in self.Q]
         self.Q = [q * (sizes[0] * sizes[1]).sqrt() / s for q, s in zip(self.Q, sizes, strict=True)]
 

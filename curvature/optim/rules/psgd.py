@@ -1,4 +1,4 @@
-"""PSGD: P = Q^T Q, fitted by small steps on a group of invertible Q until P h is white."""
+"""PSGD: P = Q^2, fitted by small steps of symmetric positive definite Q until P h is white."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvature.linalg.operator import LinearOperator
+from curvature.linalg.packed import packed, unpacked
 from curvature.linalg.structured import BlockDiagonal, Diagonal, Kronecker, Places
 from curvature.optim.block import Block, Grain
 from curvature.optim.checks import check_numbers
@@ -23,7 +24,6 @@ from curvature.optim.rules.psgd_fit import (
     check,
     first_scale,
     fits,
-    nearer_symmetric,
     pair,
     spectral_norm,
     tracked,
@@ -34,12 +34,12 @@ from curvature.optim.update import ClipEntries, ClipNorm, Momentum
 
 @dataclass(frozen=True)
 class KroneckerWhitening:
-    """P1 ⊗ P2 with P_j = Q_j^T Q_j, which minimises E h^T P h + tr P^-1 over gradients h: then P = (E h h^T)^(-1/2),
-    and P h is white, where that is a Kronecker product.
+    """P1 ⊗ P2 with P_j = Q_j^2, which minimises E h^T P h + tr P^-1 over gradients h: then P = (E h h^T)^(-1/2), and
+    P h is white, where that is a Kronecker product. Q_j is symmetric and positive definite.
 
-    A fit makes Q_j <- Q_j - rate / L_j (T_j - N_j) Q_j, of the Gram matrices over side j of P h (T_j) and of white
-    noise (N_j), and turns Q_j towards a symmetric matrix. L_j bounds |T_j + N_j|. Noise of the size `eps` is added to
-    h, so that P stays below 1 / eps; of all noise it is the mean that is taken. Where h is all zero nothing is fitted.
+    A fit makes Q_j <- (I - G_j) Q_j (I - G_j) with G_j = rate / 2 L_j (T_j - N_j), of the Gram matrices over side j of
+    P h (T_j) and of white noise (N_j). L_j bounds |T_j + N_j|. Noise of the size `eps` is added to h, so that P stays
+    below 1 / eps; of all noise it is the mean that is taken. Where h is all zero nothing is fitted.
 
     A side of d entries of a matrix of n has a diagonal factor where d > `max_size` or d^2 > `max_skew` n. Q is fitted
     at each of the first 500 steps, then at ever fewer, and at one in `every` for ever.
@@ -64,9 +64,8 @@ class KroneckerWhitening:
     def init(self, block: Block) -> State:
         state = {"slopes": torch.zeros(block.stack, 2, dtype=block.dtype, device=block.space.device)}
         for side, size in zip(("left", "right"), block.matrix, strict=True):
-            dense = size <= self.max_size and size**2 <= self.max_skew * math.prod(block.matrix)
             one = torch.ones(block.stack, size, dtype=block.dtype, device=block.space.device)
-            state[f"Q_{side}"] = one.diag_embed() if dense else one
+            state[f"Q_{side}"] = packed(one.diag_embed()) if self._dense(size, block) else one
         return state
 
     def update(self, state: State, block: Block, evidence: Evidence, due: bool) -> None:
@@ -78,7 +77,7 @@ class KroneckerWhitening:
         V = None if v is None else v.view_as(H)
         slopes, seen = state["slopes"], H.flatten(1).any(1)
         start = torch.where(seen & (slopes == 0).all(1), first_scale(H.flatten(1), self.eps).sqrt(), 1.0)
-        Q = [_times(start, state[f"Q_{side}"]) for side in ("left", "right")]
+        Q = [_times(start, q) for q in self._factors(state, block)]
         P = [_squared(q) for q in Q]
         X = _from_left(P[1], _from_left(P[0], H).mT).mT  # P h
         X = _times(capped(X.flatten(1)), X)
@@ -88,15 +87,25 @@ class KroneckerWhitening:
             N = _white(white, dense) if noise is None else _gram(noise, dense)
             slope = spectral_norm(T + N, generator) if dense else (T + N).amax(1)
             slope = torch.where(seen, tracked(slopes[:, j], slope), slopes[:, j])
-            step = _times(torch.where(seen, self.rate / slope, 0.0), T - N)
-            Q[j] = nearer_symmetric(Q[j] - step @ Q[j], generator) if dense else Q[j] - step * Q[j]
+            G = _times(torch.where(seen, self.rate / slope, 0.0), T - N)
+            Q[j] = _congruent(Q[j], G / 2)
             slopes[:, j] = slope
         sizes = [q.flatten(1).abs().amax(1) for q in Q]
         for side, q, size in zip(("left", "right"), Q, sizes, strict=True):
-            state[f"Q_{side}"].copy_(_times((sizes[0] * sizes[1]).sqrt() / size, q))  # their product stays
+            q = _times((sizes[0] * sizes[1]).sqrt() / size, q)  # their product stays
+            state[f"Q_{side}"].copy_(packed(q) if q.ndim == 3 else q)
 
     def operator(self, state: State, block: Block, evidence: Evidence, damping: float | None) -> LinearOperator:
-        return _kronecker(_squared(state["Q_left"]), _squared(state["Q_right"]), block)
+        left, right = self._factors(state, block)
+        return _kronecker(_squared(left), _squared(right), block)
+
+    def _factors(self, state: State, block: Block) -> list[Tensor]:
+        """Q of both sides: matrices (b, d, d), or diagonals (b, d)."""
+        held = zip((state["Q_left"], state["Q_right"]), block.matrix, strict=True)
+        return [unpacked(q, size) if self._dense(size, block) else q for q, size in held]
+
+    def _dense(self, size: int, block: Block) -> bool:
+        return size <= self.max_size and size**2 <= self.max_skew * math.prod(block.matrix)
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,7 @@ class PSGD(PreconditionedOptimizer):
     parameter (with `rank` for all of them), and 10 in each entry. Lower `rate` towards 0.01 where P is to be exact
     rather than quick.
 
-    Li 2015 (arXiv:1512.04202); Pooladzandi & Li 2024 (arXiv:2402.04553), in the geometry dQ = Q^0.5 E Q^1.5.
+    Li 2015 (arXiv:1512.04202); Pooladzandi & Li 2024 (arXiv:2402.04553), with steps in quadratic form.
     """
 
     def __init__(
@@ -187,5 +196,14 @@ def _white(like: Float[Tensor, "b d e"], dense: bool) -> Tensor:
 
 
 def _squared(Q: Tensor) -> Tensor:
-    """Q^T Q, or its diagonal."""
-    return Q.mT @ Q if Q.ndim == 3 else Q.square()
+    """Q^2, or its diagonal."""
+    return Q @ Q if Q.ndim == 3 else Q.square()
+
+
+def _congruent(Q: Tensor, A: Tensor) -> Tensor:
+    """(I - A) Q (I - A) for symmetric matrices, or for diagonals."""
+    if Q.ndim == 2:
+        return (1 - A).square() * Q
+    half = Q - A @ Q
+    whole = half - half @ A
+    return (whole + whole.mT) / 2

@@ -78,7 +78,7 @@ def capped(white: Float[Tensor, "*b n"]) -> Float[Tensor, "*b"]:
 
 
 def spectral_norm(A: Float[Tensor, "b d d"], generator: torch.Generator) -> Float[Tensor, " b"]:
-    """|A| of symmetric or skew matrices, from below, most often within a few per cent: of random vectors near the
+    """|A| of symmetric matrices, from below, most often within a few per cent: of random vectors near the
     longest row, each multiplied by A four times, the one that A makes longest."""
     tiny = torch.finfo(A.dtype).tiny
     scale = A.abs().amax((1, 2), keepdim=True) + tiny
@@ -90,18 +90,3 @@ def spectral_norm(A: Float[Tensor, "b d d"], generator: torch.Generator) -> Floa
         X = X @ A
         X = X / (X.norm(dim=2, keepdim=True) + tiny) @ A
     return X.norm(dim=2).amax(1) * scale.flatten()
-
-
-def nearer_symmetric(Q: Float[Tensor, "b d d"], generator: torch.Generator) -> Float[Tensor, "b d d"]:
-    """Q turned towards a symmetric matrix, by a rotation of at most 1/8 that makes the trace larger; Q^T Q stays, to
-    the fourth order of the angle.
-
-    The turn is exp(angle R) to second order, with R along Q^T - Q, the gradient of the trace.
-    """
-    R = Q.mT - Q
-    R = R / (spectral_norm(R, generator) + torch.finfo(Q.dtype).tiny)[:, None, None]
-    RQ = R @ Q
-    RRQ = R @ RQ
-    rise, bend = (X.diagonal(dim1=1, dim2=2).sum(1) for X in (RQ, RRQ))
-    angle = torch.where(bend < 0, (-rise / bend).clamp(max=1 / 8), 1 / 8)[:, None, None]
-    return Q + angle * (RQ + angle / 2 * RRQ)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from curvature.errors import NonFinite
 from curvature.linalg.operator import LinearOperator
+from curvature.linalg.packed import add_gram_, packed_size, unpacked
 from curvature.linalg.roots import Roots, basis_roots, eigen_roots, eigenbasis, newton_roots, whole_products
-from curvature.linalg.tensors import TensorKronecker, Tiled, Tiling, add_gram_, unfolded
+from curvature.linalg.tensors import TensorKronecker, Tiled, Tiling, unfolded
 from curvature.optim.block import Block, Grain
 from curvature.optim.checks import check_numbers, decays
 from curvature.optim.evidence import Evidence, debiased
@@ -87,7 +88,8 @@ class KroneckerRoots:
         state = {"missed": torch.zeros(block.stack, dtype=block.dtype, device=block.space.device)}
         for factor in self._factors(block):
             eye = identities(block, factor.tiles, factor.size)
-            state |= {f"gram.{factor.name}": torch.zeros_like(eye), f"root.{factor.name}": eye}
+            gram = eye.new_zeros(block.stack, factor.tiles, packed_size(factor.size))
+            state |= {f"gram.{factor.name}": gram, f"root.{factor.name}": eye}
             state |= {f"basis.{factor.name}": eye.clone()} if self.method == "qr" else {}
         return state
 
@@ -107,7 +109,8 @@ class KroneckerRoots:
         fine = torch.ones(block.stack, dtype=torch.bool, device=block.space.device)
         for factor in self._factors(block):
             S = state[f"gram.{factor.name}"]
-            S = (S if self.beta2 == 1 else debiased(S, self.beta2, evidence.step)).flatten(0, 1)
+            S = S if self.beta2 == 1 else debiased(S, self.beta2, evidence.step)
+            S = unpacked(S.flatten(0, 1), factor.size)
             roots, good = self._roots(S, p, state, factor, evidence.step <= 1)
             if self.exponent is not None and factor.axis == self._axes(block)[0]:
                 trace = S.diagonal(dim1=1, dim2=2).sum(1)
@@ -164,10 +167,10 @@ class Shampoo(PreconditionedOptimizer):
     """Momentum times inverse roots of second moments along every axis of a parameter, as long as a step of Adam is.
 
     Vectors are left to AdamW. `graft` is the rule that gives the length of the update of each parameter: with that of
-    Adam, learning rates and weight decay of AdamW carry over; with None they are those of Shampoo alone. Memory is two
-    matrices of d^2 entries for every axis of d places, three with "qr", beside what Adam has. On a CPU "eigh" is the
-    fastest; "newton" takes ten times as long there, and is for devices that are slow at all but products. See
-    KroneckerRoots for the rest.
+    Adam, learning rates and weight decay of AdamW carry over; with None they are those of Shampoo alone. Memory is one
+    matrix and a half of d^2 entries for every axis of d places, one more with "qr", beside what Adam has. On a CPU
+    "eigh" is the fastest; "newton" takes ten times as long there, and is for devices that are slow at all but products.
+    See KroneckerRoots for the rest.
 
     Gupta, Koren & Singer 2018 (arXiv:1802.09568); Agarwal et al. 2020 (arXiv:2002.11803); Shi et al. 2023
     (arXiv:2309.06497).

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvature.linalg.roots import eigenbasis, symmetric, whole_products
-from curvature.linalg.tensors import TensorSpectral, add_gram_, contracted, outer, unfolded
+from curvature.linalg.packed import add_gram_, diagonals, packed, packed_size, panels, unpacked
+from curvature.linalg.roots import eigenbasis, whole_products
+from curvature.linalg.tensors import TensorSpectral, contracted, outer, unfolded
 from curvature.optim.block import Block, Grain
 from curvature.optim.checks import check_numbers, decays
 from curvature.optim.evidence import Evidence, debiased
@@ -62,7 +63,7 @@ class AdamInEigenbasis:
         state = {"square": block.zeros(), "missed": _none_missed(block)}
         for axis, size in self._rotated(block).items():
             basis = identities(block, 1, size).squeeze(1)
-            state |= {f"gram.{axis}": torch.zeros_like(basis), f"basis.{axis}": basis}
+            state |= {f"gram.{axis}": basis.new_zeros(block.stack, packed_size(size)), f"basis.{axis}": basis}
         return state
 
     def update(self, state: State, block: Block, evidence: Evidence, due: bool) -> None:
@@ -71,13 +72,13 @@ class AdamInEigenbasis:
         first = (evidence.step <= 1).view(-1, 1, 1) if due else None
         with whole_products():
             fresh = {}
-            for axis in self._rotated(block):
+            for axis, size in self._rotated(block).items():
                 X, S = unfolded(G, axis), state[f"gram.{axis}"]
                 if first is not None and self.refresh == "after":
-                    fresh[axis] = torch.where(first, X @ X.mT, S)
+                    fresh[axis] = torch.where(first, X @ X.mT, unpacked(S, size))
                 add_gram_(S, X, decay=self.beta2, weight=1 - self.beta2)
                 if due and self.refresh == "before":
-                    fresh[axis] = S
+                    fresh[axis] = unpacked(S, size)
             if first is not None:
                 self._turn(state, block, fresh, first.flatten())
             rotated = contracted(evidence.grad.view(block.stack, -1, 1), self._bases(state, block), shape)
@@ -147,16 +148,18 @@ class KroneckerCovariance:
         state = {"missed": _none_missed(block)}
         for axis, size in self._factored(block).items():
             basis = identities(block, 1, size).squeeze(1)
-            state |= {f"covariance.{axis}": torch.zeros_like(basis), f"basis.{axis}": basis}
+            state |= {f"covariance.{axis}": basis.new_zeros(block.stack, packed_size(size)), f"basis.{axis}": basis}
         return state
 
     def update(self, state: State, block: Block, evidence: Evidence, due: bool) -> None:
         shape, factored = axes(block, self.merge), self._factored(block)
         n = prod(shape)
         scale = (torch.linalg.vector_norm(evidence.grad.view(block.stack, n), dim=1) / n**0.5) ** (2 / len(factored))
-        for axis in factored:
-            diagonal = state[f"covariance.{axis}"].diagonal(dim1=1, dim2=2)
-            diagonal += torch.where((diagonal == 0).all(1), scale, 0).unsqueeze(1)
+        for axis, size in factored.items():
+            S = state[f"covariance.{axis}"]
+            first = torch.where((diagonals(S, size) == 0).all(1), scale, 0).unsqueeze(1)
+            for _, panel in panels(S, size):
+                panel.diagonal(dim1=1, dim2=2).add_(first)
         with whole_products():
             rotated = contracted(evidence.grad.view(block.stack, n, 1), self._bases(state, block), shape)
             scales = self._scales(state, block)
@@ -172,11 +175,11 @@ class KroneckerCovariance:
     def _turn(self, state: State, block: Block, first: Tensor) -> None:
         """Refresh the bases, and take the covariances from the old ones to the new."""
         fine = torch.ones_like(first)
-        for axis in self._factored(block):
+        for axis, size in self._factored(block).items():
             inside, held = state[f"covariance.{axis}"], state[f"basis.{axis}"]
-            S = held @ symmetric(inside) @ held.mT
+            S = held @ unpacked(inside, size) @ held.mT
             basis = eigenbasis(S, held, first)
-            keep_(inside, basis.vectors.mT @ S @ basis.vectors, basis.fine)
+            keep_(inside, packed(basis.vectors.mT @ S @ basis.vectors), basis.fine)
             keep_(held, basis.vectors, basis.fine)
             fine &= basis.fine
         count_failures_(state["missed"], fine, block)
@@ -188,8 +191,8 @@ class KroneckerCovariance:
     def _scales(self, state: State, block: Block) -> list[Float[Tensor, "b d"] | None]:
         """The eigenvalues of S_j^(-1/2) for each axis; ones while there was no gradient."""
         scales: list[Tensor | None] = [None] * len(axes(block, self.merge))
-        for axis in self._factored(block):
-            values = state[f"covariance.{axis}"].diagonal(dim1=1, dim2=2)
+        for axis, size in self._factored(block).items():
+            values = diagonals(state[f"covariance.{axis}"], size)
             top = values.amax(1, keepdim=True)
             scales[axis] = torch.where(top > 0, values.maximum(self.eps * top), 1.0).rsqrt()
         return scales
