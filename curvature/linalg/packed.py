@@ -1,7 +1,8 @@
-"""Stacks of symmetric matrices as panels of their upper triangles, one after another: about half of the memory.
+"""Stacks of symmetric matrices in about half of the memory: as panels or as triangles.
 
-A panel is 64 rows of a matrix, from the diagonal on. Its first square is held whole, so that a product is added to a
-panel at full speed, and a symmetric product of many rows takes little more than half of the operations.
+A panel is 64 rows of the upper triangle of a matrix, from the diagonal on. Its first square is held whole, so that a
+product is added to a panel at full speed, and a symmetric product of many rows takes little more than half of the
+operations. Triangles are the least that can be held, for what is made anew each time.
 """
 
 from __future__ import annotations
@@ -53,3 +54,17 @@ def add_gram_(S: Float[Tensor, "b n"], X: Float[Tensor, "b d rest"], *, decay: f
     """S <- decay S + weight X X^T for the matrices of which S is held."""
     for rows, panel in panels(S, X.shape[1]):
         panel.baddbmm_(X[:, rows], X[:, rows.start :].mT, beta=decay, alpha=weight)
+
+
+def triangles(S: Float[Tensor, "b d d"]) -> Float[Tensor, "b n"]:
+    """The upper triangles, row by row."""
+    rows, columns = torch.triu_indices(*S.shape[1:], device=S.device)
+    return S.flatten(1).index_select(1, rows * S.shape[-1] + columns)
+
+
+def from_triangles(T: Float[Tensor, "b n"], size: int) -> Float[Tensor, "b d d"]:
+    """The symmetric matrices of which these are the upper triangles."""
+    place = torch.arange(size, device=T.device)
+    row, column = place.unsqueeze(1).minimum(place), place.unsqueeze(1).maximum(place)
+    begins = row * (2 * size - row - 1) // 2
+    return T.index_select(1, (begins + column).flatten()).view(-1, size, size)

@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from curvature.linalg.packed import PANEL, add_gram_, diagonals, packed, packed_size, panels, unpacked
+from curvature.linalg.packed import (
+    PANEL,
+    add_gram_,
+    diagonals,
+    from_triangles,
+    packed,
+    packed_size,
+    panels,
+    triangles,
+    unpacked,
+)
 
 SIZES = [1, 5, PANEL - 1, PANEL, PANEL + 1, 2 * PANEL, 3 * PANEL + 7]
 
@@ -23,6 +33,15 @@ def test_what_is_packed_comes_back(size):
     assert held.shape == (2, packed_size(size))
     assert torch.equal(unpacked(held, size), S)
     assert torch.equal(diagonals(held, size), S.diagonal(dim1=1, dim2=2))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_triangles_are_the_upper_ones(size):
+    S = symmetric(size)
+    T = triangles(S)
+    assert torch.equal(T[1], S[1][torch.ones(size, size).triu().bool()])
+    assert torch.equal(from_triangles(T, size), S)
+    assert torch.equal(triangles(S.triu()), T)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import curvature as cv
 from curvature.linalg.deflation import derived
-from curvature.linalg.packed import packed_size, unpacked
+from curvature.linalg.packed import from_triangles
 from curvature.optim.block import Block
 from curvature.optim.evidence import Evidence
 from curvature.optim.rules import psgd_fit
@@ -61,7 +61,7 @@ def off(found: Tensor, wanted: Tensor) -> float:
 def factors(state: dict[str, Tensor], block: Block) -> list[Tensor]:
     """Q of both sides, as matrices."""
     held = zip((state["Q_left"], state["Q_right"]), block.matrix, strict=True)
-    return [q.diag_embed() if q.shape[1] == size else unpacked(q, size) for q, size in held]
+    return [q.diag_embed() if q.shape[1] == size else from_triangles(q, size) for q, size in held]
 
 
 # Step by step
@@ -145,7 +145,7 @@ def test_sides_that_are_long_or_longer_than_the_other_have_a_diagonal(shape, opt
     block = block_of(shape, shape, rule=KroneckerWhitening)
     state = KroneckerWhitening(**options).init(block)
     for side, size, full in zip(("left", "right"), block.matrix, dense, strict=True):
-        assert state[f"Q_{side}"].shape == (2, packed_size(size) if full else size)
+        assert state[f"Q_{side}"].shape == (2, size * (size + 1) // 2 if full else size)
 
 
 # Where it converges to

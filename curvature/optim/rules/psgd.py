@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvature.linalg.operator import LinearOperator
-from curvature.linalg.packed import packed, unpacked
+from curvature.linalg.packed import from_triangles, triangles
 from curvature.linalg.structured import BlockDiagonal, Diagonal, Kronecker, Places
 from curvature.optim.block import Block, Grain
 from curvature.optim.checks import check_numbers
@@ -65,7 +65,7 @@ class KroneckerWhitening:
         state = {"slopes": torch.zeros(block.stack, 2, dtype=block.dtype, device=block.space.device)}
         for side, size in zip(("left", "right"), block.matrix, strict=True):
             one = torch.ones(block.stack, size, dtype=block.dtype, device=block.space.device)
-            state[f"Q_{side}"] = packed(one.diag_embed()) if self._dense(size, block) else one
+            state[f"Q_{side}"] = triangles(one.diag_embed()) if self._dense(size, block) else one
         return state
 
     def update(self, state: State, block: Block, evidence: Evidence, due: bool) -> None:
@@ -93,7 +93,7 @@ class KroneckerWhitening:
         sizes = [q.flatten(1).abs().amax(1) for q in Q]
         for side, q, size in zip(("left", "right"), Q, sizes, strict=True):
             q = _times((sizes[0] * sizes[1]).sqrt() / size, q)  # their product stays
-            state[f"Q_{side}"].copy_(packed(q) if q.ndim == 3 else q)
+            state[f"Q_{side}"].copy_(triangles(q) if q.ndim == 3 else q)
 
     def operator(self, state: State, block: Block, evidence: Evidence, damping: float | None) -> LinearOperator:
         left, right = self._factors(state, block)
@@ -102,7 +102,7 @@ class KroneckerWhitening:
     def _factors(self, state: State, block: Block) -> list[Tensor]:
         """Q of both sides: matrices (b, d, d), or diagonals (b, d)."""
         held = zip((state["Q_left"], state["Q_right"]), block.matrix, strict=True)
-        return [unpacked(q, size) if self._dense(size, block) else q for q, size in held]
+        return [from_triangles(q, size) if self._dense(size, block) else q for q, size in held]
 
     def _dense(self, size: int, block: Block) -> bool:
         return size <= self.max_size and size**2 <= self.max_skew * math.prod(block.matrix)
@@ -205,5 +205,4 @@ def _congruent(Q: Tensor, A: Tensor) -> Tensor:
     if Q.ndim == 2:
         return (1 - A).square() * Q
     half = Q - A @ Q
-    whole = half - half @ A
-    return (whole + whole.mT) / 2
+    return half - half @ A
