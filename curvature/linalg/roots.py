@@ -1,8 +1,7 @@
 """Inverse roots and eigenbases of stacks of symmetric positive semidefinite matrices, kept up from step to step.
 
-Of a matrix the upper triangle is read, and it is told whether its answer is `fine`. One that is not finite, or whose
-decomposition fails in its own precision and in float64, is not, and does no harm to the others: who holds an older
-answer keeps it.
+It is told of each matrix whether its answer is `fine`. One that is not finite, or whose decomposition fails in its own
+precision and in float64, is not, and does no harm to the others: who holds an older answer keeps it.
 """
 
 from __future__ import annotations
@@ -55,11 +54,6 @@ def whole_products() -> Iterator[None]:
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
-
-
-def symmetric(S: Float[Tensor, "b d d"]) -> Float[Tensor, "b d d"]:
-    """The symmetric matrices whose upper triangles these are."""
-    return S.triu() + S.triu(1).mT
 
 
 def eigen(S: Float[Tensor, "b d d"]) -> Eigen:
@@ -152,10 +146,9 @@ def basis_roots(S: Float[Tensor, "b d d"], Q: Float[Tensor, "b d d"], exponent: 
 
 
 def _finite(S: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrices with these upper triangles, zero where one is not finite, which eigh would call ill-conditioned;
-    and where they are finite."""
-    S = symmetric(S)
-    fine = S.isfinite().flatten(1).all(1)
+    """The matrices, zero where one is not finite, which eigh would call ill-conditioned; and where they are finite."""
+    entries = S.flatten(1)
+    fine = entries.amax(1).isfinite() & entries.amin(1).isfinite()
     return S if bool(fine.all()) else torch.where(fine[:, None, None], S, 0), fine
 
 
