@@ -186,11 +186,11 @@ def poisson(name: str, waves: tuple[int, ...], side: int, hidden: tuple[int, ...
 
 
 def poisson_1d() -> Task:
-    return poisson("poisson-1d", (1,), 102, (32, 32), (3000, 60))
+    return poisson("poisson-1d", (1,), 102, (32, 32), (3000, 100))
 
 
 def poisson_2d() -> Task:
-    return poisson("poisson-2d", (1,), 13, (64,), (3000, 33))
+    return poisson("poisson-2d", (1,), 13, (64,), (3000, 100))
 
 
 def logistic(rotated: bool = False) -> Task:

@@ -1,40 +1,51 @@
-"""Squared gradients of the examples of a batch, one example at a time: slow, and right for all parameters."""
+"""Gradients of the examples of a batch through the whole model: slow, and right for all parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from curvature.objective.batches import examples
+from curvature.objective.function import OutputLoss
 from curvature.objective.objective import Objective
+from curvature.objective.operations import Bare, Operations
 from curvature.objective.params import ParamSpace
 from curvature.objective.products import pulled
-from curvature.operators.engine import CHUNK, abreast, at_once, budget_of
-from curvature.operators.followed import Evidence, agree, norm
+from curvature.operators.engine import CHUNK, abreast, at_once, budget_of, vmapped
+from curvature.operators.followed import Evidence, agree
 
 T = TypeVar("T")
+Gradients = Float[Tensor, "examples cotangents n"]
+
+MANY = 32  # examples of a batch that take longer one by one than to trace what becomes of one
+TRACED: WeakKeyDictionary[nn.Module, dict[Hashable, dict[Hashable, Operations | None]]] = WeakKeyDictionary()
 
 
 class Alone:
     """The examples of a batch, and the gradients of some parameters for each.
 
     Examples go through the model alone, where that has the gradient it has in the batch: what belongs to an example,
-    and what to all of them, cannot be told from shapes. Else each goes with the batch, at the cost of all examples:
-    as they all do where a batch is so small that the calls are what takes time.
+    and what to all of them, cannot be told from shapes. Of many examples the operations that one comes to are traced,
+    once for each model, and are then done for all at once: so they are where the model differentiates inside, which
+    vmap cannot follow. Else each goes with the batch, at the cost of all examples: as they all do where a batch is so
+    small that the calls are what takes time.
     """
 
     def __init__(self, objective: Objective, names: Iterable[str], evidence: Evidence) -> None:
         self.objective, self.evidence, self.recorded = objective, evidence, evidence.recorded
         self.params = {name: self.recorded.leaves[name] for name in names}
         self.space = ParamSpace.of(self.params)
-        budget = budget_of("auto", self.space.device)
-        self.chunk, bulk = at_once(objective.check(), self.recorded.batch, budget, objective.space)
-        self.separable = bulk > 1  # until it turns out otherwise
+        self.budget = budget_of("auto", self.space.device)
+        self.chunk, bulk = at_once(objective.check(), self.recorded.batch, self.budget, objective.space)
+        sources = (self._traced, self.recorded.examples >= MANY), (self._one_by_one, bulk > 1)
+        self.sources = [source for source, worthwhile in sources if worthwhile]  # until it turns out otherwise
 
     def squares(self, residuals: Sequence[Tensor]) -> dict[str, Tensor]:
         """The squared gradients by parameter, summed over examples and residuals."""
@@ -51,32 +62,78 @@ class Alone:
 
     def _folded(self, residuals: Sequence[Tensor], add: Callable[[T, Tensor], T], start: T) -> T:
         """What `add` makes of the gradients (residuals, n) of one example after another."""
-        total = self._of_examples(residuals, add, start) if self.separable else None
-        if total is None:
-            self.separable = False
-            total = self._in_batch(residuals, add, start)
-        return total
+        while self.sources:
+            total = self._of_examples(self.sources[0], residuals, add, start)
+            if total is not None:
+                return total
+            del self.sources[0]
+        return self._in_batch(residuals, add, start)
 
-    def _of_examples(self, residuals: Sequence[Tensor], add: Callable[[T, Tensor], T], total: T) -> T | None:
-        """From each example alone; None where the gradients of these are not those of the batch."""
-        evidence, recorded, size = self.evidence, self.recorded, 0.0
-        sent = self._zeros()
+    def _of_examples(
+        self,
+        source: Callable[[Float[Tensor, "cotangents ..."]], Iterator[Gradients]],
+        residuals: Sequence[Tensor],
+        add: Callable[[T, Tensor], T],
+        total: T,
+    ) -> T | None:
+        """From each example alone; None where that fails, or the gradients are not those of the batch."""
+        evidence, sent, size = self.evidence, self._zeros(), 0.0
         more = [residual for residual in residuals if residual is not evidence.cotangent]
-        cut = zip(recorded.rows(), evidence.factors, examples(recorded.batch, recorded.examples), strict=True)
-        for rows, factor, example in cut:
-            try:
-                outputs = self.objective.outputs(recorded.leaves, example)[0]
-            except Exception:  # models can raise anything about a batch they do not expect
-                return None
-            if outputs.shape != recorded.outputs[rows].shape:
-                return None
-            cotangents = torch.stack([cotangent[rows] for cotangent in (evidence.cotangent, *more)])
-            gradients = abreast(partial(self._gradient, outputs), CHUNK, set())(cotangents)
-            sent += factor * gradients[0]
-            size += norm(factor * gradients[0])
-            total = add(total, gradients[len(gradients) - len(residuals) :])
+        factors = iter(evidence.factors.unsqueeze(1))
+        try:
+            for gradients in source(torch.stack([evidence.cotangent, *more])):
+                scaled = torch.stack([next(factors) for _ in gradients]) * gradients[:, 0]
+                sent += scaled.sum(0)
+                size += float(torch.linalg.vector_norm(scaled, dim=1).sum())
+                for own in gradients[:, gradients.shape[1] - len(residuals) :]:
+                    total = add(total, own)
+        except Exception:  # models can raise anything about a batch they do not expect
+            return None
         expected = self.space.flatten([evidence.parameters[name] for name in self.params])
         return total if agree(sent, expected, size=size) else None
+
+    def _one_by_one(self, cotangents: Float[Tensor, "cotangents ..."]) -> Iterator[Gradients]:
+        """Each example through the model."""
+        recorded = self.recorded
+        for rows, example in zip(recorded.rows(), examples(recorded.batch, recorded.examples), strict=True):
+            outputs = self.objective.outputs(recorded.leaves, example)[0]
+            if outputs.shape != recorded.outputs[rows].shape:
+                raise ValueError("An example alone has other outputs.")
+            yield abreast(partial(self._gradient, outputs), CHUNK, set())(cotangents[:, rows]).unsqueeze(0)
+
+    def _traced(self, cotangents: Float[Tensor, "cotangents ..."]) -> Iterator[Gradients]:
+        """As many examples at once as memory allows, by the operations that the gradient of one comes to."""
+        count, batch, function = self.recorded.examples, self.recorded.batch, self.objective.function
+        assert isinstance(function, OutputLoss)
+        tensors = self.objective.complete(self.objective.params)
+        each = cotangents.unflatten(1, (count, -1)).movedim(0, 1)  # (examples, cotangents, outputs of one ...)
+        point, first = self.space.flatten(list(self.params.values())).detach(), next(examples(batch, count))
+        known = TRACED.setdefault(function.module, {}).setdefault((*self.params, self.objective.mode), {})
+        operations = Bare(self._pulled_back, known).of(point, (tensors, first, each[0, 0]))
+        if operations is None or operations.random:
+            raise TypeError("The gradient of an example cannot be traced.")
+        leaves, structure = tree_flatten(batch)
+        own = [leaf is not one for leaf, one in zip(leaves, tree_leaves(first), strict=True)]
+
+        def of_one(cotangents: Float[Tensor, "cotangents ..."], *its: Tensor) -> Float[Tensor, "cotangents n"]:
+            left = iter(its)
+            parts = [next(left) if yes else leaf for yes, leaf in zip(own, leaves, strict=True)]
+            given = tensors, tree_unflatten(parts, structure)
+            return vmapped(lambda cotangent: operations(point, (*given, cotangent)), [cotangents], strict=True)
+
+        every = [each, *(leaf.unsqueeze(1) for yes, leaf in zip(own, leaves, strict=True) if yes)]
+        bytes_of_one = each.shape[1] * (self.objective.check().example_bytes + point.nbytes)
+        together = int(min(max(self.budget / bytes_of_one, 1), count))
+        for some in zip(*(tensor.split(together) for tensor in every), strict=True):
+            yield vmapped(of_one, some, strict=True)
+
+    def _pulled_back(self, point: Float[Tensor, " n"], given: tuple[dict[str, Tensor], Any, Tensor]) -> Gradients:
+        """The gradient for a cotangent of the outputs of one example."""
+        tensors, example, cotangent = given
+        leaves = {name: part.detach().requires_grad_() for name, part in self.space.named(point).items()}
+        function = self.objective.function
+        outputs = function.outputs({**tensors, **leaves}, example)[0]
+        return pulled(self.space, list(leaves.values()), [outputs], [cotangent])
 
     def _in_batch(self, residuals: Sequence[Tensor], add: Callable[[T, Tensor], T], total: T) -> T:
         """From the whole batch, with the cotangents of a few examples at a time, each apart."""

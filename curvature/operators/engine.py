@@ -8,7 +8,7 @@ that fits into memory.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -175,7 +175,7 @@ def _retained(work: Work) -> Share:
 def _batched(work: Work) -> Share:
     work.used.add("batched")
     linear = work.reverse()
-    return lambda rows: vmapped(linear, rows, work.chunk)
+    return lambda rows: vmapped(linear, [rows], work.chunk)
 
 
 def _recomputed(work: Work) -> Share:
@@ -185,7 +185,7 @@ def _recomputed(work: Work) -> Share:
 
 def _forward(work: Work) -> Share:
     work.used.add("forward")
-    return lambda rows: vmapped(work.recipe.forward(work.objective, work.index, work.batch), rows, work.chunk)
+    return lambda rows: vmapped(work.recipe.forward(work.objective, work.index, work.batch), [rows], work.chunk)
 
 
 def _linearized(work: Work) -> Share:
@@ -232,7 +232,7 @@ def abreast(linear: Linear, chunk: int, used: set[str]) -> Share:
         nonlocal together
         if together and len(rows) > 1:
             try:
-                products = vmapped(linear, rows, chunk, strict=True)
+                products = vmapped(linear, [rows], chunk, strict=True)
             except Exception:  # what vmap cannot do, or only in a loop of its own
                 together = False
             else:
@@ -260,13 +260,19 @@ def _one_by_one(linear: Linear) -> Share:
     return lambda rows: linear(rows[0]).unsqueeze(0) if len(rows) == 1 else torch.stack([linear(row) for row in rows])
 
 
-def vmapped(linear: Linear, rows: Tensor, chunk: int, *, strict: bool = False) -> Tensor:
-    """`linear` of rows by vmap, so many at once; `strict` if a loop that vmap makes inside, slower than ours, is an
-    error."""
+def vmapped(
+    function: Callable[..., Tensor],
+    tensors: Sequence[Tensor],
+    chunk: int | None = None,
+    *,
+    strict: bool = False,
+) -> Tensor:
+    """A function of the rows of tensors by vmap, so many at once; `strict` if a loop that vmap makes inside, slower
+    than ours, is an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.script", category=DeprecationWarning)  # torch's own use
         warnings.filterwarnings("error" if strict else "ignore", message="There is a performance drop")
-        return torch.vmap(linear, randomness="same", chunk_size=chunk)(rows)
+        return torch.vmap(function, randomness="same", chunk_size=chunk)(*tensors)
 
 
 def _traced(linear: Linear, objective: Objective) -> Linear:

@@ -19,9 +19,9 @@ from curvature.linalg.work import Work
 from curvature.objective.batches import leading
 from curvature.objective.losses import accuracy_of
 from curvature.objective.objective import Objective
+from curvature.objective.operations import Program
 from curvature.objective.passes import Passes, Sums
 from curvature.objective.work import work_on
-from curvature.probes.programs import Program
 from curvature.probes.together import Together
 from curvature.progress import Run
 

@@ -20,9 +20,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from curvature.objective.batches import leading, moved
 from curvature.objective.objective import Objective
+from curvature.objective.operations import Bare, Program
 from curvature.objective.passes import Passes
 from curvature.operators.engine import SMALL, budget_of, vmapped
-from curvature.probes.programs import Bare, Program, Settling, fused, generic
+from curvature.probes.programs import Settling, fused, generic
 
 Share = Callable[[Tensor], Tensor]  # points (k, n) -> (k, s), in float64
 
@@ -121,7 +122,7 @@ def _keep_memory(device: torch.device) -> None:
 
 
 def _stacked(program: Program) -> Program:
-    return lambda rows, batch: vmapped(lambda row: program(row, batch), rows, len(rows), strict=True)
+    return lambda rows, batch: vmapped(lambda row: program(row, batch), [rows], strict=True)
 
 
 def _single(program: Program) -> Program:
