@@ -119,13 +119,16 @@ def check_saved(groups: Iterable[Mapping[str, Any]], hyperparameters: Iterable[s
             )
 
 
-def check_fits(name: str, tensor: str, saved: Tensor, place: Tensor) -> None:
-    """ValueError for a tensor of a saved state that is of another shape than its place."""
-    if saved.shape != place.shape:
-        raise ValueError(
-            f"The {tensor} of {name} was saved as {tuple(saved.shape)}, but here it is {tuple(place.shape)}. "
-            "Load it for the same model, with the same arguments."
-        )
+def check_fits(name: str, saved: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> None:
+    """ValueError for the saved state of a parameter whose tensors have other names or shapes than their places."""
+    advice = "Load it into the same optimizer of the same model, with the same arguments."
+    if saved.keys() != places.keys():
+        lists = (", ".join(sorted(names)) or "nothing" for names in (saved.keys(), places.keys()))
+        raise ValueError("What was saved of {} is {}, but here it is {}. {}".format(name, *lists, advice))
+    for key, place in places.items():
+        if saved[key].shape != place.shape:
+            shapes = tuple(saved[key].shape), tuple(place.shape)
+            raise ValueError("The {} of {} was saved as {}, but here it is {}. {}".format(key, name, *shapes, advice))
 
 
 def check_names(names: list[str]) -> None:

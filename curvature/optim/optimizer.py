@@ -388,13 +388,14 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         for name in ("step", "failures"):
             state[WHOLE + name if whole else name] = torch.zeros(steps, dtype=torch.float64, device=block.space.device)
         for i, p in enumerate(block.params):
-            for name, tensor in self.state[p].items() if p in self.state else ():
-                if name in state:
-                    place = _part(state, name, block, i)
-                    check_fits(block.names[i], name, tensor, place)
-                    place.copy_(tensor)
-                elif name.startswith(WHOLE):  # made by the rule when it saw the model
-                    state[name] = tensor
+            saved = self.state.get(p, {})
+            places = {name: _part(state, name, block, i) for name in state if i == 0 or not name.startswith(WHOLE)}
+            made = {n: t for n, t in saved.items() if n.startswith(WHOLE) and n not in places}
+            if saved:
+                check_fits(block.names[i], {n: t for n, t in saved.items() if n not in made}, places)
+                for name, place in places.items():
+                    place.copy_(saved[name])
+            state |= made  # by the rule, when it saw the model
         slab.state = state
         counts = state[WHOLE + "step" if whole else "step"]
         slab.begun = {i for i in range(block.stack) if counts[0 if whole else i] > 0}

@@ -619,8 +619,15 @@ def test_states_of_others_are_refused(case):
     if any(not name.startswith("block.") for name in optimizer.state[net[2].weight]):
         wrong = case.make(larger.named_parameters())
         wrong.load_state_dict(optimizer.state_dict())
-        with pytest.raises(ValueError, match=r"of [02]\.\w+ was saved as \(.*\), but here it is \(.*\). Load it for"):
+        with pytest.raises(ValueError, match=r"saved .*, but here it is .*\. Load it into the same"):
             _ = wrong.slabs
+    changed = optimizer.state_dict()
+    for tensors in changed["state"].values():
+        if tensors:
+            tensors["preconditioned"] = torch.ones(1)
+    optimizer.load_state_dict(changed)
+    with pytest.raises(ValueError, match=r"saved of [02]\.\w+ is .*preconditioned.*, but here it is .*step"):
+        _ = optimizer.slabs
 
 
 def test_what_is_no_mini_batch_or_closure_is_refused(case):
