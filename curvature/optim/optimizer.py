@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from inspect import signature
 from typing import Any, TypedDict, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, distributed
 
 from curvature.distributed import several
@@ -25,7 +25,6 @@ from curvature.operators.hessian import gradient_and_products
 from curvature.optim.block import Block, Role, blocks_of, role_of
 from curvature.optim.checks import (
     check_closure,
-    check_fits,
     check_group,
     check_mini_batch,
     check_names,
@@ -36,17 +35,16 @@ from curvature.optim.checks import (
 )
 from curvature.optim.control import Fixed, StepControl
 from curvature.optim.evidence import Drawn, Evidence
+from curvature.optim.guard import dense, guarded, where
 from curvature.optim.preconditioner import Preconditioner, State
 from curvature.optim.rules.adam import AdamDiagonal
+from curvature.optim.slab import WHOLE, Slab, count, numbers, with_numbers
 from curvature.optim.trial import Move, Trial
 from curvature.optim.update import Finish, Momentum
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
-WHOLE = "block."  # how the names begin of what belongs to a block as a whole
 OWN = ("preconditioner", "momentum", "control", "finish", "fallback", "roles", "seed", "group")
-NUMBER = (int, float)
-FAILURES = 3  # steps in a row with a gradient that is not finite, after which training has come to an end
 
 
 class Options(TypedDict, total=False):
@@ -58,21 +56,6 @@ class Options(TypedDict, total=False):
     roles: Mapping[str, Role] | None
     seed: int
     group: distributed.ProcessGroup | None
-
-
-@dataclass
-class Slab:
-    """A block with the rule that takes it, its state, and which of its parameters have taken a step before."""
-
-    block: Block
-    group: dict[str, Any]
-    covered: bool  # by the rule of the optimizer, or else by its fallback
-    reason: str
-    rule: Preconditioner  # these two as the group had them when they were last asked for
-    momentum: Momentum
-    state: State = field(default_factory=dict)
-    begun: set[int] = field(default_factory=set)
-    place: Callable[[], Objective] | None = None  # makes that of the last step, or gives it again
 
 
 class PreconditionedOptimizer(torch.optim.Optimizer):
@@ -129,8 +112,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         self._observed: list[Objective] = []
         self._checked: list[Any] = []  # what the check of the first objective found: the model is the same
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "momentum": momentum.beta, "taken": 0}
-        defaults |= {"fallback_momentum": 0.9} | {"fallback_" + name: v for name, v in _numbers(fallback).items()}
-        defaults |= _numbers(preconditioner) | control.begin(_numbers(preconditioner))
+        defaults |= {"fallback_momentum": 0.9} | {"fallback_" + name: v for name, v in numbers(fallback).items()}
+        defaults |= numbers(preconditioner) | control.begin(numbers(preconditioner))
         super().__init__(listed(params), defaults)
 
     # What torch expects
@@ -142,7 +125,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             check_group(group, {*signature(type(self)).parameters, *Options.__annotations__}, self.defaults)
             check_names([name for other in self.param_groups for name in self._names(other)])
             for rule, prefix in ((self.preconditioner, ""), (self.fallback, "fallback_")):
-                _with_numbers(rule, group, prefix)
+                with_numbers(rule, group, prefix)
             replace(self.momentum, beta=group["momentum"])
         except (TypeError, ValueError):
             self.param_groups.pop()  # as it was before
@@ -241,7 +224,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             if not slab.begun:
                 raise ValueError(f"{', '.join(slab.block.names[:3])} took no step yet. Take one first.")
             state = {name: t.clone() for name, t in slab.state.items()} if copy else slab.state
-            blocks[str(i)] = self._operator(slab, _rule(slab), state, slab.block, self._last(slab, state))
+            blocks[str(i)] = self._operator(slab, slab.current, state, slab.block, self._last(slab, state))
             where[str(i)] = torch.cat([places[name] for name in slab.block.names])
         return BlockDiagonal(blocks, where, space, source={"operator": f"preconditioner of {type(self).__name__}"})
 
@@ -249,7 +232,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     def _moves(self, slab: Slab, objective: Objective | None) -> list[Move]:
         """What the step does to the parameters of a block; nothing where none has a gradient."""
-        block, rule, group = slab.block, _rule(slab), slab.group
+        block, rule, group = slab.block, slab.current, slab.group
         place = None
         if objective is not None and "objective" in rule.needs:
             place = slab.place = cache(partial(self._placed, objective, block))
@@ -265,7 +248,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             place = None if place is None else cache(partial(self._placed, place(), block))
         drawn = None
         if backward:
-            grad = block.gathered([torch.zeros_like(p) if p.grad is None else _dense(p.grad) for p in block.params])
+            grad = block.gathered([torch.zeros_like(p) if p.grad is None else dense(p.grad) for p in block.params])
         else:
             assert place is not None
             grad, drawn = self._differentiated(slab, place(), rows)
@@ -290,7 +273,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     ) -> tuple[Float[Tensor, " n"], Drawn | None]:
         """The gradient of the objective, and what is drawn of its Hessian where that is due."""
         group, dtype = slab.group, slab.block.dtype
-        if "signs" not in slab.rule.needs or not _due(slab, slab.rule, rows):
+        if "signs" not in slab.rule.needs or not slab.due(rows):
             return objective.gradient().to(dtype), None
         signs = objective.space.draw(group["draws"], seed=derived(self.seed + group["taken"]))
         grad, products = gradient_and_products(objective, signs)
@@ -307,26 +290,26 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         drawn: Drawn | None,
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         """The finished direction of a block, and the gradient where it is finite; updates the state."""
-        steps, rule = _count("step", state).view(-1, 1), slab.rule
-        due = _due(slab, rule, rows)
+        steps, rule = count("step", state).view(-1, 1), slab.rule
+        due = slab.due(rows)
         asks = "objective" in rule.needs
-        look, before = due and (rule.every > 1 or asks), _count("failures", state)
-        before = before.clone() if asks else before
-        grad, fine = _guarded(grad, state, block, look)
+        look, failures = due and (rule.every > 1 or asks), count("failures", state)
+        before = failures.clone() if asks else None
+        grad, fine = guarded(grad, failures, block, look)
         steps += 1 if fine is None else fine
-        momentum = _momentum(slab)
+        momentum = slab.averaging
         averaged = grad if momentum.after else momentum(state, grad, steps)
         evidence = Evidence(grad, averaged, steps, self.seed, place, slab.group["taken"], drawn, several(self.group))
         kept = rule.update(state, block, evidence, due)
         direction = self._multiplied(slab, rule, state, block, evidence, averaged if kept is None else kept)
         if asks:  # the mini-batch may have no finite matrix where the gradient is finite
-            direction, good = _guarded(direction, state, block, look, before)
+            direction, good = guarded(direction, failures, block, look, before)
             fine = good if fine is None else fine if good is None else fine & good
         if momentum.after:
-            direction = momentum(state, _where(fine, direction), steps)
+            direction = momentum(state, where(fine, direction), steps)
         for finish in self.finish if slab.covered else ():
             direction = finish(state, block, direction, evidence)
-        return _where(fine, direction), grad
+        return where(fine, direction), grad
 
     def _multiplied(
         self,
@@ -354,7 +337,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     def _last(self, slab: Slab, state: State) -> Evidence:
         """What is left of the evidence of the last step."""
         block = slab.block
-        steps = _count("step", state).view(-1, 1)
+        steps = count("step", state).view(-1, 1)
         momentum = state["momentum"].view(-1) if "momentum" in state else block.zeros().view(-1)
         return Evidence(momentum, momentum, steps, place=slab.place)
 
@@ -373,34 +356,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             blocks = blocks_of(some, self.fallback.grain)
             slabs += [Slab(b, group, False, reason, self.fallback, Momentum(corrected=True)) for b in blocks]
         for slab in slabs:
-            self._fill(slab)
+            slab.fill(self.state, self.finish if slab.covered else (), self.control)
         return slabs
-
-    def _fill(self, slab: Slab) -> None:
-        """The state of a slab: new, but for parameters that have one, which it takes; theirs are views of it then."""
-        block, rule = slab.block, _rule(slab)
-        whole = block.grain == "model"
-        state = {**_momentum(slab).init(block), **rule.init(block)}
-        for finish in self.finish if slab.covered else ():
-            state |= finish.init(block)
-        state |= self.control.init(block)
-        steps = 1 if whole else block.stack
-        for name in ("step", "failures"):
-            state[WHOLE + name if whole else name] = torch.zeros(steps, dtype=torch.float64, device=block.space.device)
-        for i, p in enumerate(block.params):
-            saved = self.state.get(p, {})
-            places = {name: _part(state, name, block, i) for name in state if i == 0 or not name.startswith(WHOLE)}
-            made = {n: t for n, t in saved.items() if n.startswith(WHOLE) and n not in places}
-            if saved:
-                check_fits(block.names[i], {n: t for n, t in saved.items() if n not in made}, places)
-                for name, place in places.items():
-                    place.copy_(saved[name])
-            state |= made  # by the rule, when it saw the model
-        slab.state = state
-        counts = state[WHOLE + "step" if whole else "step"]
-        slab.begun = {i for i in range(block.stack) if counts[0 if whole else i] > 0}
-        for i, p in enumerate(block.params):
-            self.state[p] = {n: _part(state, n, block, i) for n in state if i == 0 or not n.startswith(WHOLE)}
 
     def _names(self, group: dict[str, Any]) -> list[str]:
         if "param_names" in group:
@@ -437,7 +394,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         of all where none has."""
         given = [[i for i, p in enumerate(slab.block.params) if p.grad is not None] for slab in self.slabs]
         due = (
-            "objective" in slab.rule.needs and _due(slab, _rule(slab), rows)
+            "objective" in slab.rule.needs and slab.due(rows)
             for slab, rows in zip(self.slabs, given, strict=True)
             if rows or not any(given)
         )
@@ -471,97 +428,3 @@ class Routing:
         )
 
     __repr__ = __str__
-
-
-def _numbers(rule: Any) -> dict[str, float]:
-    """The fields of a rule that are numbers."""
-    return {name: v for name in _fields(type(rule)) if isinstance(v := getattr(rule, name), NUMBER)}
-
-
-@cache
-def _fields(kind: type) -> tuple[str, ...]:
-    return tuple(f.name for f in fields(kind))
-
-
-def _rule(slab: Slab) -> Preconditioner:
-    """The rule of a slab with the hyperparameters that its group has now."""
-    slab.rule = _with_numbers(slab.rule, slab.group, "" if slab.covered else "fallback_")
-    return slab.rule
-
-
-def _with_numbers(rule: Preconditioner, group: Mapping[str, Any], prefix: str) -> Preconditioner:
-    """A rule with the numbers of a group."""
-    changed = {name: group[prefix + name] for name, v in _numbers(rule).items() if group[prefix + name] != v}
-    return replace(rule, **changed) if changed else rule  # pyright: ignore[reportArgumentType]
-
-
-def _due(slab: Slab, rule: Preconditioner, rows: Iterable[int]) -> bool:
-    """Whether a step of these parameters makes anew what is dear."""
-    return slab.group["taken"] % rule.every == 0 or not slab.begun.issuperset(rows)
-
-
-def _momentum(slab: Slab) -> Momentum:
-    beta = slab.group["momentum" if slab.covered else "fallback_momentum"]
-    if beta != slab.momentum.beta:
-        slab.momentum = replace(slab.momentum, beta=beta)
-    return slab.momentum
-
-
-def _part(state: State, name: str, block: Block, i: int) -> Tensor:
-    """What of a tensor of the state belongs to parameter i: a view."""
-    tensor = state[name]
-    if name.startswith(WHOLE):
-        return tensor
-    if block.grain == "shape":
-        return tensor[i]
-    first = sum(p.numel() for p in block.params[:i])
-    return tensor[..., first : first + block.params[i].numel()]
-
-
-def _count(name: str, state: State) -> Tensor:
-    """The tensor of the state that counts something of a block, by parameters or as a whole."""
-    return state[name] if name in state else state[WHOLE + name]
-
-
-def _guarded(
-    vector: Float[Tensor, " n"], state: State, block: Block, look: bool, before: Float[Tensor, " b"] | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """A gradient, zero for each parameter where it is not finite, and which are finite (b, 1): None if that is known of
-    all. Counts failures; NonFinite after three in a row, on a device whose values cost time only where to `look`.
-
-    With the number of failures `before` this step it is a direction, of which the gradients have been counted."""
-    failures = _count("failures", state)
-    near = vector.device.type == "cpu"
-    if near and math.isfinite(vector.sum().item()):
-        if before is None:
-            failures.zero_()
-        return vector, None
-    fine = vector.view(len(failures), -1).sum(1, keepdim=True).abs() < math.inf
-    if before is None:
-        failures.add_(1).mul_(~fine.view(-1))
-    else:
-        failures.copy_(torch.where(fine.view(-1), failures, before + 1))
-    if near or look:
-        _check_failures(failures, block, "gradients" if before is None else "directions")
-    return _where(fine, vector), fine
-
-
-def _where(fine: Bool[Tensor, "b 1"] | None, vector: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Zero for each parameter that is not fine."""
-    return vector if fine is None else torch.where(fine, vector.view(len(fine), -1), 0).view(-1)
-
-
-def _dense(grad: Tensor) -> Tensor:
-    if grad.is_sparse:
-        raise ValueError("A gradient is sparse, but expected a dense one. Use Embedding(..., sparse=False).")
-    return grad
-
-
-def _check_failures(failures: Float[Tensor, " b"], block: Block, what: str) -> None:
-    worst = int(failures.argmax())
-    if float(failures[worst]) >= FAILURES:
-        name = block.names[worst if block.grain == "shape" else 0]
-        raise NonFinite(
-            f"The {what} of {name} were not finite in {int(failures[worst])} steps in a row.",
-            "Lower the learning rate, or clip gradients; the parameters are those before these steps.",
-        )

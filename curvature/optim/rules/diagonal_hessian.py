@@ -21,7 +21,8 @@ from curvature.operators.residuals import residuals_of
 from curvature.optim.block import Block, Grain
 from curvature.optim.checks import check_numbers, decays
 from curvature.optim.evidence import Evidence
-from curvature.optim.optimizer import FAILURES, Options, Params, PreconditionedOptimizer
+from curvature.optim.guard import FAILURES
+from curvature.optim.optimizer import Options, Params, PreconditionedOptimizer
 from curvature.optim.preconditioner import Need, State
 from curvature.optim.update import ClipEntries, Momentum
 
