@@ -17,7 +17,7 @@ from curvature.errors import BadObjective, CurvatureError, NonFinite, TooLarge
 from curvature.linalg.memory import peak_bytes
 from curvature.objective.check import PROBES, Examination, Seen, explained
 from curvature.objective.objective import Objective
-from curvature.operators.vitals import Plan, Trials, environment, mode, model, rewrites, terms
+from curvature.operators.vitals import Plan, Trials, environment, mode, model, randomness, rewrites, terms
 from curvature.result import Cost, Origin, Part, Quantity, Result
 
 Status = Literal["ok", "warning", "failed", "skipped"]
@@ -139,7 +139,8 @@ class _Visit:
             return self.result({"operator": "hessian", "shape": []}, Cost(seconds=self.seconds))
         examination, trials, before = Examination(made), Trials(), made.meter.passes
         self.ask("environment", partial(environment, made.space.device))
-        questions = {"model": model, "mode": mode, **PROBES, "terms": terms, "rewrites": rewrites, **trials.questions}
+        questions = {"model": model, "mode": mode, **PROBES, "randomness": randomness, "terms": terms}
+        questions |= {"rewrites": rewrites, **trials.questions}
         if any(self.plan):
             questions["forecast"] = partial(trials.forecast, self.plan)
         for name, question in questions.items():

@@ -18,6 +18,7 @@ from curvature.objective.batches import halves, leading
 from curvature.objective.check import Examination, Probe, Seen
 from curvature.objective.difference import ROUNDING, SYMMETRY
 from curvature.objective.function import OutputLoss, ScalarLoss
+from curvature.objective.guard import frozen_randomness
 from curvature.objective.params import ParamSpace
 from curvature.operators.engine import Engine, at_once, budget_of
 from curvature.operators.hessian import hessian
@@ -98,6 +99,26 @@ def mode(examination: Examination) -> Seen:
     return Seen(
         ", ".join(filter(None, [f"train: {norms} by the statistics of each batch, so that its size matters", masks])),
         "Use mode='eval' (--mode eval) unless it is training that you look at.",
+    )
+
+
+def randomness(examination: Examination) -> Seen:
+    """Whether the loss depends on the random state."""
+    objective, batch = examination.objective, examination.batch
+    with objective.context():
+        values = []
+        for seed in (objective.seed, objective.seed + 1):
+            with frozen_randomness(seed):
+                values.append(float(objective.total(objective.params, batch).detach()))
+    if abs(values[0] - values[1]) <= ROUNDING * objective.space.eps * abs(values[0]):
+        return Seen("nothing is drawn")
+    if objective.mode == "train":
+        return Seen("the loss depends on the seed, by which each batch has one draw, as of dropout")
+    terms = objective.function.weight(batch) or 1
+    first, second = (value / terms for value in values)
+    return Seen(
+        f"the loss depends on the seed, also in evaluation: {first:.6g}, or {second:.6g} with the next one",
+        "What is analysed is one draw for each batch: compare several seeds (--seed), or draw nothing.",
     )
 
 

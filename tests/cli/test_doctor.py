@@ -16,7 +16,7 @@ from curvature.linalg import memory
 OBJECTIVE = ("--objective", "./task.py:make")
 ORDER = [
     "file", "environment", "model", "mode", "parameters", "data", "loss", "examples", "gradient", "graph", "products",
-    "difference", "symmetry", "terms", "rewrites", "engine retained", "engine batched", "engine forward", "cost",
+    "difference", "symmetry", "randomness", "terms", "rewrites", "engine retained", "engine batched", "engine forward", "cost",
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -485,6 +486,19 @@ def test_batch_normalisation_in_training_is_a_warning_and_keeps_its_statistics()
     assert "1 dropout with a fixed mask" in warning.seen and "--mode eval" in warning.fix
     seen = found(cv.check(objective.in_mode("eval")))["mode"].seen
     assert seen == "eval: 1 batch norm by running statistics, 1 dropout off"
+
+
+class Noisy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x)
+
+
+def test_what_is_drawn_is_told_and_in_evaluation_it_is_a_warning():
+    noise = found(cv.check(layer(Noisy)()))["randomness"]
+    assert noise.status == "warning" and "also in evaluation" in noise.seen and "--seed" in noise.fix
+    for options, seen in (({}, "nothing is drawn"), ({"mode": "train"}, "as of dropout")):
+        drops = found(cv.check(layer(partial(nn.Dropout, 0.5), **options)()))["randomness"]
+        assert drops.status == "ok" and seen in drops.seen
 
 
 @pytest.mark.parametrize("reduction, told", [("mean", "ok"), ("sum", "warning")])
