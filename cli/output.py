@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .gates import Gate, check
@@ -52,8 +53,12 @@ def _check_folder(out: Path, command: str, overwrite: bool) -> None:
     place = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
     if not place.is_dir():
         raise Misuse(f"{place} is not a folder, which --out takes.", "Give another --out.")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise Misuse(f"Nothing can be written in {place}.", "Check its permissions, or give another --out.")
+    try:
+        TemporaryDirectory(prefix=".curv-", dir=place).cleanup()  # os.access knows nothing of most file systems
+    except OSError as error:
+        raise Misuse(
+            f"Nothing can be written in {place}: {error.strerror}.", "Check its permissions, or give another --out."
+        ) from error
     views = (f"{command}.{kind}" for kind in ("csv", "png", "html"))
     present = [name for name in (*FILES, *views) if (out / name).exists()]
     if present and not overwrite:

@@ -533,10 +533,9 @@ def test_out_in_place_of_a_file(refused, out):
     assert cause.endswith(f"{Path(out).parts[0]} is not a folder, which --out takes.")
 
 
-def test_out_without_permission(refused, folder, monkeypatch):
-    """Asked of the system, not tried: root may write anywhere."""
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder)
-    for out in ("run", "deep/run"):
+def test_out_where_nothing_can_be_written(refused):
+    """Tried before anything is computed; not even root can write there."""
+    for out in ("/proc/run", "/proc/deep/run"):
         cause, _ = refused(USAGE, *OBJECTIVE, "--out", out)
         assert cause.startswith("Nothing can be written in ")
 

@@ -413,6 +413,10 @@ def test_targets_are_not_broadcast(shape):
         (torch.zeros(4, 3), torch.tensor([0, -1, 1, 2]), "run from -1 to 2, but there are 3 outputs"),
         (torch.zeros(()), torch.tensor(0), r"outputs \(\)"),
         (torch.zeros(3), torch.tensor(5), "run from 5 to 5, but there are 3 outputs"),
+        (torch.zeros(4, 1), torch.ones(4, 1), r"outputs \(4, 1\) have one class"),
+        (torch.zeros(4, 1), torch.zeros(4).long(), r"outputs \(4, 1\) have one class"),
+        (torch.zeros(4, 3), torch.tensor([0.5, 1.0, -0.5]).expand(4, 3), "but some are negative"),
+        (torch.zeros(4, 3), torch.tensor([0.5, 0.5, float("nan")]).expand(4, 3), "or not a number"),
     ],
 )
 def test_what_cross_entropy_cannot_take(outputs, targets, words):

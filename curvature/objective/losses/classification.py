@@ -57,6 +57,16 @@ class CrossEntropy:
                 "Yield batches (inputs, targets) of tensors.",
             )
         classes = outputs.shape[self._axis(outputs, targets)]
+        if classes < 2:
+            raise BadObjective(
+                f"The outputs {tuple(outputs.shape)} have one class, the cross-entropy of which is always 0.",
+                'Take "bce" for two classes by one output, "mse" for numbers.',
+            )
+        if targets.is_floating_point() and not bool((targets >= 0).all()):
+            raise BadObjective(
+                "Targets shaped like the outputs are probabilities, but some are negative, or not a number.",
+                'Give probabilities, or class indices; for numbers take "mse".',
+            )
         if self.class_weights is not None and len(self.class_weights) != classes:
             raise BadObjective(
                 f"{len(self.class_weights)} class weights were given for {classes} classes.",
@@ -228,11 +238,11 @@ class KLDivergence:
                 "The divergence takes target distributions, as floating-point numbers shaped like the outputs.",
                 "For class indices use the loss 'cross-entropy'.",
             )
-        self._cross_entropy.check(outputs, targets)
         if (targets < 0).any():
             raise BadObjective(
                 "A target distribution has negative entries.", "Give probabilities, not their logarithms."
             )
+        self._cross_entropy.check(outputs, targets)
 
     def total(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, ""]:
         return self._cross_entropy.total(outputs, targets) + torch.special.xlogy(targets, targets).sum()
