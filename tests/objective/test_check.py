@@ -399,12 +399,11 @@ def test_the_demos_are_healthy(name):
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("outputs", [1, 2])
-def test_curvature_that_vanishes_is_no_error(seed, outputs):
+def test_curvature_that_vanishes_is_no_error(seed):
     """A Hessian of zero, or one that the probe hardly meets, leaves nothing but rounding to compare."""
     torch.manual_seed(seed)
     x, _ = data(6, 2)
-    linear = nn.Linear(2, outputs)
+    linear = nn.Linear(2, 2)
     assert cv.Objective.of(linear, "cross-entropy", (x, torch.zeros(6).long()), seed=seed).check().unused == ()
     cv.Objective.from_loss(linear, lambda model, batch: model(batch).mean(), x, seed=seed).check()
 
