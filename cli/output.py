@@ -208,7 +208,8 @@ class _Log:
         if now - self.last < PATIENCE:
             return
         self.last = now
-        warn(f"{progress.done}/{progress.total} {progress.unit}, at most {progress.left:.0f} s left, {progress.note}")
+        note = f", {progress.note}" if progress.note else ""
+        warn(f"{progress.done}/{progress.total} {progress.unit}, at most {progress.left:.0f} s left{note}")
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def save_picture(result: Result, path: Path, *, surface: bool = False, **style: 
         figure = Figure(figsize=SIZE, layout="constrained")
         plot(result, figure.add_subplot(projection="3d" if surface else None), **style)
     kind = path.suffix.removeprefix(".") or "png"
-    write_atomically(path, lambda file: figure.savefig(file, format=kind, dpi=150))
+    write_atomically(path, lambda file: figure.savefig(file, format=kind, dpi=150, bbox_inches="tight"))
 
 
 def _landscapes(result: Comparison) -> dict[str, Landscape]:
@@ -63,7 +63,7 @@ def svg(result: Result) -> str:
     figure, written = Figure(figsize=SIZE, layout="constrained"), io.StringIO()
     plot(result, figure.add_subplot())
     with rc_context({"svg.hashsalt": "curvature"}):
-        figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(written, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     drawn = written.getvalue()
     return drawn[drawn.index("<svg") :]
 

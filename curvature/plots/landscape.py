@@ -157,6 +157,7 @@ def _draw_plane(
         _draw_run(result.coordinates_of(trajectory), ax, color=ORANGE)
     ax.plot(0, 0, "o", color=BLACK, mec=WHITE, mew=0.5, ms=5)
     ax.set_aspect("equal")
+    ax.locator_params(nbins=5)  # so that numbers with signs do not touch
     ax.set(xlim=(t[0], t[-1]), ylim=(t[0], t[-1]), xlabel=_axis(result, 0), ylabel=_axis(result, 1))
     if bar:
         drawn = ax.figure.colorbar(filled, ax=ax, ticks=scale.ticks)

@@ -179,11 +179,13 @@ class Path(Result):
 
     def summary(self) -> dict[str, str]:
         loss, heights = self.loss[self.between], self.heights(self.loss)
+        long = bool(self.arc[-1] > self.arc[0])
         lost = int((~self.loss.isfinite()).sum())
         peak = float(self.t[self.between][heights.argmax()])
         held_out = {} if self.held_out_barrier is None else {"held-out barrier": f"{self.held_out_barrier:.4g}"}
         return {
-            "loss": f"{float(loss[0]):.4g} to {float(loss[-1]):.4g}, {self.mean:.4g} on average over the length",
+            "loss": f"{float(loss[0]):.4g} to {float(loss[-1]):.4g}"
+            + (f", {self.mean:.4g} on average over the length" if long else ", on a path of no length"),
             "barrier": f"{self.barrier:.4g}" + (f" at t = {peak:.3g}" if self.barrier > 0 else ""),
             **held_out,
             "climb": f"{self.climb:.4g} above the higher end",
