@@ -125,7 +125,12 @@ class Alone:
         bytes_of_one = each.shape[1] * (self.objective.check().example_bytes + point.nbytes)
         together = int(min(max(self.budget / bytes_of_one, 1), count))
         for some in zip(*(tensor.split(together) for tensor in every), strict=True):
-            yield vmapped(of_one, some, strict=True)
+            try:
+                gradients = vmapped(of_one, some, strict=True)
+            except Exception:  # what vmap cannot do it will not do the next time
+                known.update(dict.fromkeys(known))
+                raise
+            yield gradients
 
     def _pulled_back(self, point: Float[Tensor, " n"], given: tuple[dict[str, Tensor], Any, Tensor]) -> Gradients:
         """The gradient for a cotangent of the outputs of one example."""

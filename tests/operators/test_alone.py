@@ -147,6 +147,22 @@ def test_what_was_traced_and_is_no_longer_true_is_left():
     assert taken == "in batch"
 
 
+def test_what_vmap_cannot_do_is_tried_once(monkeypatch):
+    tried = []
+
+    def failing(*args: Any, **options: Any) -> Tensor:
+        tried.append(args)
+        raise RuntimeError("Batching rule not implemented")
+
+    monkeypatch.setattr(alone, "vmapped", failing)
+    model, cotangents = Poisson(), [draws(COUNT, 1, seed=4)]
+    for _ in range(2):
+        found, taken = gradients(poisson(model), cotangents)
+        torch.testing.assert_close(found, one_by_one(poisson(model), cotangents), rtol=1e-9, atol=1e-12)
+        assert taken == "in batch"
+    assert len(tried) == 1
+
+
 def test_as_many_go_at_once_as_memory_allows(monkeypatch):
     cotangents = [draws(COUNT, 1, seed=4)]
     whole = gradients(poisson(Poisson()), cotangents)[0]
