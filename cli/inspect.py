@@ -37,11 +37,12 @@ def _facts(model: str) -> dict[str, Any]:
 def _table(model: str, facts: dict[str, Any]) -> str:
     tensors = facts["tensors"]
     width = max((len(t["name"]) for t in tensors[:SHOWN]), default=0)
+    size = f"{facts['parameters']:,} numbers, {facts['bytes'] / 2**20:.1f} MiB"
     lines = [
         f"file        {model}",
         f"kind        {facts['kind']}",
-        f"tensors     {len(tensors)}, {facts['parameters']:,} numbers, {facts['bytes'] / 2**20:.1f} MiB",
-        f"not finite  {', '.join(facts['not_finite']) or 'none'}",
+        f"tensors     {f'{len(tensors)}, {size}' if tensors else 'none that is read'}",
+        f"not finite  {', '.join(facts['not_finite']) or ('none' if tensors else 'not known')}",
         f"runs code   {', '.join(facts['code']) or 'no'}",
         *(f"note        {note}" for note in facts["notes"]),
         "",

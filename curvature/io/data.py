@@ -17,15 +17,23 @@ from curvature.io.recognise import is_text
 from curvature.io.tables import arrays_of, read_table
 from curvature.io.weights import read_tensors
 
-PAIRS = (("inputs", "targets"), ("x", "y"), ("X", "y"), ("data", "target"), ("data", "targets"))
+PAIRS = (
+    ("inputs", "targets"),
+    ("inputs", "labels"),
+    ("images", "labels"),
+    ("x", "y"),
+    ("X", "y"),
+    ("data", "target"),
+    ("data", "targets"),
+)
 
 
 def read_data(path: str | Path, *, target: str | None = None) -> Any:
     """The data set in a .npz, safetensors, torch.save or CSV file (or JSON lines), told by content.
 
-    Two arrays called x and y (or inputs and targets, data and target) become the tuple (inputs, targets), any other
-    names a dict of tensors; a torch.save file may also hold a list of batches. Of a table, the column `target` (by
-    default the last) holds the targets. Raises BadFile or UnsafeFile.
+    Two arrays called x and y (or inputs and targets, images and labels, ...) become the tuple (inputs, targets), any
+    other names a dict of tensors; a torch.save file may also hold a list of batches. Of a table, the column `target`
+    (by default the last) holds the targets. Raises BadFile or UnsafeFile.
     """
     path = Path(path)
     if is_text(path):

@@ -47,8 +47,9 @@ _HEAD = 1024
 _LFS, _PAGES = b"version https://git-lfs", (b"<!doctype html", b"<html")
 _EXTENSIONS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pt2")  # only to suggest a file
 _SAVE_TENSORS = "Give a file made by torch.save(model.state_dict(), path) or by safetensors."
+_NUMPY = b"\x93NUMPY"
 _OTHER_FORMATS = {
-    b"\x93NUMPY": "a NumPy array",
+    _NUMPY: "a NumPy array",
     b"\x89HDF\r\n": "an HDF5 file (Keras?)",
     b"GGUF": "a GGUF file",
     b"\x1f\x8b": "compressed with gzip",
@@ -196,7 +197,8 @@ def _why_unknown(path: Path, head: bytes, size: int) -> tuple[str, str]:
     if _is_text(head):
         return f"{path} is a text file, not a model.", _SAVE_TENSORS
     other = next((words for magic, words in _OTHER_FORMATS.items() if head.startswith(magic)), None)
-    return f"{path} is {other or 'not a model file of any known kind'}.", _SAVE_TENSORS
+    fix = "Save data by np.savez(path, x=inputs, y=targets)." if head.startswith(_NUMPY) else _SAVE_TENSORS
+    return f"{path} is {other or 'not a model file of any known kind'}.", fix
 
 
 def _is_text(head: bytes) -> bool:

@@ -42,10 +42,9 @@ class Eigenpairs(Result):
 
     def summary(self) -> dict[str, str]:
         pairs = zip(self.values.tolist(), self.residuals.tolist(), self.converged.tolist(), strict=True)
-        return {
-            f"eigenvalue {i}": f"{value:.8g}  residual {residual:.1e}{'' if converged else '  not converged'}"
-            for i, (value, residual, converged) in enumerate(pairs, 1)
-        }
+        ends = ("of the largest", "of the smallest") if self.origin.options["which"] == "both" else ("",)
+        told = (f"{value:.8g}  residual {r:.1e}{'' if fine else '  not converged'}" for value, r, fine in pairs)
+        return {f"eigenvalue {i + 1}": f"{line}  {ends[i % len(ends)]}".rstrip() for i, line in enumerate(told)}
 
     def quantities(self) -> dict[str, Quantity]:
         pairs = zip(self.values.tolist(), self.residuals.tolist(), strict=True)

@@ -55,16 +55,19 @@ class CallRecord:
 @contextmanager
 def call_record(module: nn.Module) -> Iterator[CallRecord]:
     """Yields the calls of all parts of `module` that are made while the context lasts; those inside TorchScript are not
-    seen. Parts go by their name and type: "encoder.0 (Linear)"."""
+    seen, nor that of a scripted model. Parts go by their name and type: "encoder.0 (Linear)"."""
     record = CallRecord()
     with ExitStack() as hooks:
         for name, part in module.named_modules():
             if isinstance(part, ScriptModule) and name:
                 continue
             label = f"{name} ({type(part).__name__})" if name else f"the model ({type(part).__name__})"
-            begin = part.register_forward_pre_hook(
-                lambda _, *inputs, label=label: record.begin(label, inputs), prepend=True, with_kwargs=True
-            )
+            try:
+                begin = part.register_forward_pre_hook(
+                    lambda _, *inputs, label=label: record.begin(label, inputs), prepend=True, with_kwargs=True
+                )
+            except RuntimeError:  # what torch.jit.script made takes no hooks, what torch.jit.trace made does
+                continue
             hooks.callback(begin.remove)
             end = part.register_forward_hook(lambda _, args, output, label=label: record.end(label, output))
             hooks.callback(end.remove)

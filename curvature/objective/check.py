@@ -28,9 +28,15 @@ if TYPE_CHECKING:
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")  # written in training, and not computed with
 STEPPING = 1e-4  # how far off a product may be where a call writes to buffers: what it then does has no derivative
 TWICE = ("derivative for", "differentiate twice", "double backward")
+HELD = "The batch is a {}: take what it holds, as in {}."
 FIXES = {  # words of torch -> what to do
     "modified by an inplace operation": "Do not change its result in place: x = x + 1 for x += 1, inplace=False.",
     "FlexAttention": "Take another attention: attn_implementation='eager', or scaled_dot_product_attention.",
+    "unexpected keyword argument": "Call the entries of a dict as the model's forward does, or give (inputs, targets).",
+    "must be Tensor, not dict": HELD.format("dict", "batch['x']"),
+    "found type 'dict'": HELD.format("dict", "batch['x']"),
+    "must be Tensor, not list": HELD.format("list", "x, y = batch"),
+    "must be Tensor, not tuple": HELD.format("tuple", "x, y = batch"),
 }
 
 

@@ -122,7 +122,7 @@ NOT_MODELS = {
     "JSON": (b'{"error": "not found"}', r"is a text file"),
     "long text cut inside a letter": ("é".encode() * 2000, r"is a text file"),
     "binary": (bytes(range(200, 256)) * 9, r"is not a model file of any known kind\. Give a file made by"),
-    "NumPy": (b"\x93NUMPY\x01\x00", r"is a NumPy array\. Give"),
+    "NumPy": (b"\x93NUMPY\x01\x00", r"is a NumPy array\. Save data by"),
     "HDF5": (b"\x89HDF\r\n\x1a\n\x00", r"is an HDF5 file"),
     "GGUF": (b"GGUF\x03\x00\x00\x00", r"is a GGUF file"),
     "gzip": (b"\x1f\x8b\x08\x00\x00", r"is compressed with gzip"),

@@ -669,3 +669,21 @@ def test_a_batch_size_for_what_has_batches_is_refused():
     batches = [(torch.zeros(4, 4), torch.zeros(4).long())]
     with pytest.raises(ValueError, match="batch_size=7 is for whole tensors, but a list has batches"):
         cv.Objective.of(Named(), "cross-entropy", batches, batch_size=7)
+
+
+def test_what_batches_are_is_told_where_models_take_other_ones():
+    """Also of scripted models, which take no hooks that could tell where it was."""
+    net = nn.Linear(2, 3)
+    named = {"image": torch.ones(4, 2), "labels": torch.arange(4) % 3}
+    with pytest.raises(cv.BadObjective, match=r"unexpected keyword argument 'image'.*Call the entries of a dict as"):
+        cv.Objective.of(net, "cross-entropy", [named]).check()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(net)
+    for model, batch in (
+        (net, {"x": torch.ones(4, 2)}),
+        (scripted, {"x": torch.ones(4, 2)}),
+        (net, [torch.ones(4, 2)]),
+    ):
+        with pytest.raises(cv.BadObjective, match=f"The batch is a {type(batch).__name__}: take what it holds"):
+            cv.Objective.from_loss(model, lambda m, b: m(b).mean(), [batch], terms=lambda b: 1).check()

@@ -7,6 +7,7 @@ Nothing outside this folder asks what kind of loss it has.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -126,7 +127,9 @@ def as_loss(loss: Any) -> Loss:
     targets); BadObjective for what is none of these, or is not a mean."""
     if isinstance(loss, str):
         if loss not in NAMES:
-            raise BadObjective(f"There is no loss called {loss!r}.", f"The names are {', '.join(NAMES)}.")
+            near = difflib.get_close_matches(loss, NAMES, n=1)
+            guess = f"Did you mean {near[0]}? " if near else ""
+            raise BadObjective(f"There is no loss called {loss!r}.", f"{guess}The names are {', '.join(NAMES)}.")
         return NAMES[loss]()
     given: Any = loss
     kind = given if inspect.isroutine(given) else type(given)  # exactly: a subclass may compute something else
