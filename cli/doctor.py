@@ -14,7 +14,7 @@ from .forecast import plan_of
 from .gates import check
 from .load import load_objective
 from .options import NUMBERS, Task, Written
-from .output import prepare_written, say
+from .output import prepare_written, say, standard_output, tell
 
 if TYPE_CHECKING:
     import curvature as cv
@@ -62,7 +62,7 @@ def doctor(
             diagnosis.save(output.out)
     finally:
         if output.format == "json":
-            print(json.dumps(diagnosis.to_dict(), allow_nan=False))
+            tell(json.dumps(diagnosis.to_dict(), allow_nan=False))
         elif output.format == "human":
             _show(diagnosis)
     if failures := diagnosis.failures:
@@ -97,7 +97,7 @@ def _show(diagnosis: cv.Diagnosis) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False, emoji=False)
+    console = Console(file=standard_output(), highlight=False, emoji=False)
     table = Table.grid(padding=(0, 2))
     for finding in diagnosis.findings:
         seen = Text(_printable(finding.seen))
@@ -108,7 +108,7 @@ def _show(diagnosis: cv.Diagnosis) -> None:
         console.width = 10_000  # lines of a file or a pipe are not folded
     with console.capture() as shown:
         console.print(table)
-    print("\n".join(line.rstrip() for line in shown.get().splitlines()))
+    tell("\n".join(line.rstrip() for line in shown.get().splitlines()))
 
 
 def _printable(text: str) -> str:

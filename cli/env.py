@@ -15,6 +15,7 @@ from cyclopts import Parameter
 
 from .config import Setting, settings
 from .options import OUTPUT, Format
+from .output import tell
 
 PACKAGES = ("curvature-toolkit", "torch", "numpy", "scipy", "safetensors", "matplotlib", "transformers")
 
@@ -44,12 +45,12 @@ def env(
 
 def _show(facts: Mapping[str, str | Mapping[str, Any]], format: Format) -> None:
     if format == "json":
-        print(json.dumps(facts))
+        tell(json.dumps(facts))
     elif format == "human":
         rows = {name: f if isinstance(f, str) else f"{f['value']!r} from {f['source']}" for name, f in facts.items()}
         width = max((len(name) for name in rows), default=0)
         lines = [f"{name:<{width}}  {value}" for name, value in rows.items()]
-        print("\n".join(lines) or "No defaults are set: there is no ./curv.toml, [tool.curv] or CURV_ variable.")
+        tell("\n".join(lines) or "No defaults are set: there is no ./curv.toml, [tool.curv] or CURV_ variable.")
 
 
 def _set(file: Path | None) -> dict[str, Setting]:

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from .options import Config, Format
+from .output import tell
 
 SHOWN = 40  # tensors listed in the table; JSON has all
 
@@ -22,9 +23,9 @@ def inspect(model: str, /, *, format: Format = "human", config: Config = None) -
     """
     facts = _facts(model)
     if format == "json":
-        print(json.dumps(facts))
+        tell(json.dumps(facts))
     elif format == "human":
-        print(_table(model, facts))
+        tell(_table(model, facts))
 
 
 def _facts(model: str) -> dict[str, Any]:

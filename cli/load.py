@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import curvature as cv
 
 
+OF_NUMBERS = ("bce", "mse", "poisson-nll")  # losses whose targets are shaped like outputs (n, 1)
 STRUCTURED = ("ggn-diagonal", "kfac", "ekfac", "egn", "gradient-window")  # which are held whole
 
 
@@ -186,6 +187,8 @@ def _from_made(made: Any, name: str, task: Task, data: Any) -> cv.Objective:
     if (size := fixed_batch(made)) is not None:
         data = whole_batches(data, size, task.max_examples, name)
         task = replace(task, batch_size=None, max_examples=None)
+    if task.loss in OF_NUMBERS:
+        data = _as_numbers(data, task)
     made = made.to(_device(task))
     options: dict[str, Any] = {
         "select": _select(task),
@@ -198,6 +201,18 @@ def _from_made(made: Any, name: str, task: Task, data: Any) -> cv.Objective:
     if is_spec(task.loss):
         return cv.Objective.from_loss(made, resolve(task.loss), data, **options).first(task.max_examples)
     return cv.Objective.of(made, task.loss, data, **options).first(task.max_examples)
+
+
+def _as_numbers(data: Any, task: Task) -> Any:
+    """Targets (n, 1) of a table for a loss of numbers: whole ones are taken for classes (n,) there."""
+    import torch
+
+    from curvature.io.recognise import is_text
+
+    if not (isinstance(data, tuple) and task.data and Path(task.data).is_file() and is_text(task.data)):
+        return data
+    inputs, targets = data
+    return inputs, targets.view(-1, 1).to(torch.float32)
 
 
 def _adjusted(objective: cv.Objective, task: Task, *, loaded: bool = False) -> cv.Objective:

@@ -16,7 +16,7 @@ from typing import NoReturn
 from cyclopts import App, CycloptsError
 
 from .config import Configured
-from .output import is_due_to, say, warn
+from .output import is_due_to, results_alone, say, warn
 
 OK, INTERNAL, USAGE, UNREADABLE, UNSAFE, NOT_DIFFERENTIABLE, NUMERICAL, RESOURCES = range(8)
 GATE_FAILED, INTERRUPTED, TERMINATED = 10, 130, 143
@@ -89,7 +89,8 @@ def build() -> App:
     )
     app.config = (Configured(app, COMMANDS),)
     for command in COMMANDS:
-        app.command(getattr(importlib.import_module(f".{command}", __package__), command))
+        function = getattr(importlib.import_module(f".{command}", __package__), command)
+        app.command(results_alone()(function))
     app.register_install_completion_command(help="Complete commands and options in this shell from now on.")
     return app
 

@@ -7,10 +7,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from .gates import Gate, check
 from .options import Misuse, Output, Written, parsed_budget
@@ -22,6 +22,9 @@ R = TypeVar("R", bound="cv.Result")
 
 FILES = ("result.json", "arrays.safetensors")  # what `Result.save` writes
 PATIENCE = 10.0  # seconds between lines of progress where there is no terminal
+
+
+_results: list[TextIO] = []  # standard output, while `results_alone`
 
 
 def prepare(output: Output, command: str, *, products: bool = True) -> None:
@@ -129,11 +132,32 @@ def emit(result: cv.Result, output: Output, command: str, **style: Any) -> None:
         raise Interrupted(result) from stop
     finally:
         if output.format == "json":
-            print(json.dumps(result.to_dict(), allow_nan=False))
+            tell(json.dumps(result.to_dict(), allow_nan=False))
         elif output.format == "human":
-            print(_table(result))
+            tell(_table(result))
     if output.format == "human":
         say(note)
+
+
+@contextmanager
+def results_alone() -> Iterator[None]:
+    """Standard output is for `tell`: what models print goes to standard error."""
+    _results.append(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results.pop()
+
+
+def standard_output() -> TextIO:
+    """That of the process."""
+    return _results[-1] if _results else sys.stdout
+
+
+def tell(text: str) -> None:
+    """A result, on standard output."""
+    print(text, file=standard_output())
 
 
 def warn(text: str) -> None:

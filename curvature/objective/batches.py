@@ -277,7 +277,7 @@ def split(batch: Any) -> tuple[Any, Any]:
         if name is None:
             raise BadObjective(
                 f"A dict batch has no targets: its keys are {', '.join(map(str, batch))}.",
-                f"Name them {' or '.join(TARGETS[:2])}, or use Objective.from_loss.",
+                f"Name them {' or '.join(TARGETS[:2])}, in a file also x and y, or use Objective.from_loss.",
             )
         return {key: item for key, item in batch.items() if key != name}, batch[name]
     if isinstance(batch, list | tuple) and len(batch) >= 2:

@@ -19,7 +19,7 @@ from torch import Tensor
 from curvature.errors import BadObjective, CurvatureError, NonFinite, TooLarge, listing, one_line
 from curvature.objective.batches import halves, leading, moved, stored_values
 from curvature.objective.blame import REFUSING, Replay, nodes_of
-from curvature.objective.difference import DIFFERENCE, ROUNDING, SYMMETRY, asymmetry, difference, norm
+from curvature.objective.difference import DIFFERENCE, NEAR, ROUNDING, SYMMETRY, asymmetry, difference, norm
 from curvature.objective.products import gradient_graph
 
 if TYPE_CHECKING:
@@ -259,6 +259,10 @@ def _gradient(examination: Examination) -> Seen:
     unused = examination.unused
     size = norm(g.detach() for g in grads if g is not None) / (objective.function.weight(batch) or 1)
     text = f"of norm {size:.4g}"
+    if not size:
+        return Seen(
+            f"{text}: exactly zero", "Look for dead or saturated units, and whether outputs and targets fit together."
+        )
     if not unused:
         return Seen(f"{text}, with respect to all parameters")
     where = examination.replay().unlinked()
@@ -330,7 +334,12 @@ def _difference(examination: Examination) -> Seen:
         raise _wrong(
             f"a Hessian product of the first batch is {found:.1%} off the finite difference of gradients", examination
         )
-    return Seen(f"a product is within {found:.1g} of a finite difference of gradients, in float64")
+    text = f"a product is within {found:.1g} of a finite difference of gradients, in float64"
+    if found <= NEAR or examination.written:
+        return Seen(text)
+    return Seen(
+        f"{text}, which is more than rounding", "Look for item() and detach(), and for parts that compute in float32."
+    )
 
 
 def _symmetry(examination: Examination) -> Seen:
@@ -393,12 +402,8 @@ def explained(error: Exception, number: int, *, cut: bool = False) -> CurvatureE
             f"The model has no second derivatives: {one_line(error)}.",
             "Replace that layer or loss by plain torch operations (attention: the math or eager implementation).",
         )
+    expected = "Check that inputs and targets have the shapes and dtypes they expect"
     if cut and isinstance(error, RuntimeError | IndexError | ValueError):
-        return _coupled(f"the model or the loss fails on the first batch ({one_line(error)})")
-    return BadObjective(
-        f"The model or the loss failed on batch {number}: {one_line(error)}.",
-        next(
-            (fix for words, fix in FIXES.items() if words in str(error)),
-            "Check that inputs and targets have the shapes and dtypes they expect.",
-        ),
-    )
+        expected += ", with examples along the first axis; of others make one batch: batch_size=None, or [(x, y)]"
+    fix = next((fix for words, fix in FIXES.items() if words in str(error)), f"{expected}.")
+    return BadObjective(f"The model or the loss failed on batch {number}: {one_line(error)}.", fix)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SYMMETRY = {torch.float32: 1e-3, torch.float64: 1e-8}  # healthy networks show 1e-5 and 1e-12
 DIFFERENCE = 1e-2  # products against differences of float64 gradients: healthy ones agree to 1e-6, wrong ones to 0.2
+NEAR = 1e-3  # what computes in float32 inside comes to 1e-4; above this something may be left out of derivatives
 STEPS = (1e-7, 1e-4, 1e-9, 1e-11, 1e-11)  # of these differences, relative to the norm of the parameters
 BESIDE = 1e-2  # how far from the parameters they are taken, likewise: a bias of zero may lie exactly on a kink
 EXAMPLES = 8  # of the first batch, for these differences
@@ -79,7 +80,7 @@ def _least_difference(objective: Objective, batch: Any) -> tuple[float | None, i
         measured = (ahead - behind) / (2 * h)
         size = max(norm([measured]), norm([product])) + ROUNDING / DIFFERENCE * space.eps * norm([ahead]) / h
         least = min(least, norm([measured - product]) / size if size else 0.0)
-        if least <= DIFFERENCE:
+        if least <= NEAR:
             break
     return None if math.isinf(least) else least, products
 

@@ -564,3 +564,24 @@ def test_a_trace_goes_on_until_its_tolerance_is_reached_and_says_so(curv):
     assert told["converged"] is True and told["origin"]["options"]["rtol"] == 0.3
     few = parsed(curv("trace", *OBJECTIVE, "--rtol", 1e-9, "--budget", "8hvp", "--format", "json").out)
     assert few["converged"] is False and few["cost"]["products"] <= 8
+
+
+def test_what_models_print_is_not_among_the_results(curv, folder):
+    code = (
+        (folder / "task.py")
+        .read_text()
+        .replace("        return self.last(", '        print("loud")\n        return self.last(')
+    )
+    (folder / "task.py").write_text(code)
+    for command in ("trace", "doctor"):
+        said = curv(command, *OBJECTIVE, "--format", "json")
+        assert said.code == 0 and "loud" in said.err
+        assert parsed(said.out)["kind"] in ("Estimate", "Diagnosis")
+
+
+@pytest.mark.parametrize("loss", ["mse", "bce", "poisson-nll"])
+def test_whole_numbers_in_a_table_are_numbers_where_the_loss_is_of_numbers(loss, curv, folder):
+    rows = "\n".join(f"{i / 7},{i % 3},{i / 5},{i % 2}" for i in range(12))
+    (folder / "table.csv").write_text(f"a,b,c,y\n{rows}\n")
+    (folder / "net.py").write_text("import torch\n\ndef net():\n    return torch.nn.Linear(3, 1)\n")
+    assert curv("trace", "./net.py:net", "--loss", loss, "--data", "table.csv").code == 0

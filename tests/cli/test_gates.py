@@ -20,6 +20,8 @@ OBJECTIVE = ("--objective", "./task.py:make")
 class Told(cv.Result):
     """A result with these quantities."""
 
+    told: dict[str, Quantity]
+
     def __init__(self, **quantities: Quantity) -> None:
         object.__setattr__(self, "told", quantities)
 
@@ -67,6 +69,16 @@ def test_what_passes_by_less_than_its_error_is_told():
     assert check(TOLD, ["trace > 31", "lambda_max > 13"]) == [
         "not --fail-on trace > 31, but only just: trace is 30 ± 2, its 95 % interval [26.08, 33.92] holds 31."
     ]
+
+
+def test_what_was_stopped_early_is_told():
+    early = Told(**TOLD.told)
+    object.__setattr__(early, "complete", False)
+    (told,) = check(early, ["lambda_max > 100"])
+    assert (
+        told == "not --fail-on lambda_max > 100, but it was stopped early: lambda_max is 12 (within 0.5), its 95 % "
+        "interval [11.5, 12.5] is below 100."
+    )
 
 
 def test_what_is_no_number_passes_no_gate():

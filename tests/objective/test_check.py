@@ -526,16 +526,16 @@ class Graph(nn.Module):
 
 
 COUPLED = {
-    "time-first": (TimeFirst(), (torch.randn(300, 5, 2), torch.randint(0, 3, (300, 5))), "has the loss"),
-    "batch-statistics": (Batched(), (torch.randn(300, 4), torch.randint(0, 3, (300,))), "has the loss"),
-    "graph": (Graph(), (torch.randn(300, 4), torch.rand(300, 300), torch.randint(0, 3, (300,))), "fails on the first"),
+    "time-first": (TimeFirst(), (torch.randn(300, 5, 2), torch.randint(0, 3, (300, 5))), "cut into .* has the loss"),
+    "batch-statistics": (Batched(), (torch.randn(300, 4), torch.randint(0, 3, (300,))), "cut into .* has the loss"),
+    "graph": (Graph(), (torch.randn(300, 4), torch.rand(300, 300), torch.randint(0, 3, (300,))), "shapes cannot be"),
 }
 
 
 @pytest.mark.parametrize("name", COUPLED)
 def test_what_does_not_fall_into_examples_is_not_cut_silently(name):
     model, data, words = COUPLED[name]
-    with pytest.raises(cv.BadObjective, match=rf"cut into batches along .*{words}.*Pass batch_size=None"):
+    with pytest.raises(cv.BadObjective, match=f"{words}.*batch_size=None"):
         cv.Objective.of(model, cv.CrossEntropy(axis=-1), data).check()
     whole = cv.Objective.of(model, cv.CrossEntropy(axis=-1), data, batch_size=None)
     whole.check()

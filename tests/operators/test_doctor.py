@@ -488,6 +488,32 @@ def test_batch_normalisation_in_training_is_a_warning_and_keeps_its_statistics()
     assert seen == "eval: 1 batch norm by running statistics, 1 dropout off"
 
 
+class Scaled(nn.Module):
+    """Divided by a number that hangs a little on the parameters before, which derivatives do not see."""
+
+    def __init__(self, hanging: float) -> None:
+        super().__init__()
+        self.hanging = hanging
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (1 + self.hanging * float(x.detach().square().mean()))
+
+
+def test_a_little_that_derivatives_do_not_see_is_a_warning():
+    for hanging, status in ((0.0, "ok"), (1.0, "warning")):
+        torch.manual_seed(0)
+        seen = found(cv.check(layer(partial(Scaled, hanging))()))["difference"]
+        assert seen.status == status and ("item()" in seen.fix) == (status == "warning")
+
+
+def test_a_gradient_of_zero_is_a_warning():
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    with torch.no_grad():
+        net[0].bias.fill_(-100.0)
+    gradient = found(cv.check(cv.Objective.of(net, "cross-entropy", data())))["gradient"]
+    assert gradient.status == "warning" and "exactly zero" in gradient.seen and "dead" in gradient.fix
+
+
 class Noisy(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.randn_like(x)

@@ -187,9 +187,12 @@ class CrossEntropy:
         shapes = f"outputs {tuple(outputs.shape)} and {targets.dtype} targets {tuple(targets.shape)}"
         if fits:
             raise BadObjective(f"The classes of {shapes} may lie on axis 1 or -1.", "Say CrossEntropy(axis=...).")
+        fix = "Convert class indices with .long(), flatten outputs and targets alike, or use the loss 'mse'."
+        if outputs.ndim and targets.ndim and len(outputs) != len(targets):
+            fix = "Give as many targets as inputs, or flatten outputs and targets alike."
         raise BadObjective(
             f"Cross-entropy takes class indices (integers) or probabilities shaped like the outputs, but got {shapes}.",
-            "Convert class indices with .long(), flatten outputs and targets alike, or use the loss 'mse'.",
+            fix,
         )
 
     def _arranged(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
