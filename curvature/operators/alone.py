@@ -24,7 +24,7 @@ from curvature.operators.followed import Evidence, agree
 T = TypeVar("T")
 Gradients = Float[Tensor, "examples cotangents n"]
 
-MANY = 32  # examples of a batch that take longer one by one than to trace what becomes of one
+MANY = 64  # gradients that are worth the time to trace one
 TRACED: WeakKeyDictionary[nn.Module, dict[Hashable, dict[Hashable, Operations | None]]] = WeakKeyDictionary()
 
 
@@ -44,8 +44,7 @@ class Alone:
         self.space = ParamSpace.of(self.params)
         self.budget = budget_of("auto", self.space.device)
         self.chunk, bulk = at_once(objective.check(), self.recorded.batch, self.budget, objective.space)
-        sources = (self._traced, self.recorded.examples >= MANY), (self._one_by_one, bulk > 1)
-        self.sources = [source for source, worthwhile in sources if worthwhile]  # until it turns out otherwise
+        self.sources = [self._traced, self._one_by_one] if bulk > 1 else [self._traced]  # until it turns out otherwise
 
     def squares(self, residuals: Sequence[Tensor]) -> dict[str, Tensor]:
         """The squared gradients by parameter, summed over examples and residuals."""
@@ -62,11 +61,12 @@ class Alone:
 
     def _folded(self, residuals: Sequence[Tensor], add: Callable[[T, Tensor], T], start: T) -> T:
         """What `add` makes of the gradients (residuals, n) of one example after another."""
-        while self.sources:
-            total = self._of_examples(self.sources[0], residuals, add, start)
+        many = self.recorded.examples * len(residuals) >= MANY
+        for source in [source for source in self.sources if many or source != self._traced]:
+            total = self._of_examples(source, residuals, add, start)
             if total is not None:
                 return total
-            del self.sources[0]
+            self.sources.remove(source)
         return self._in_batch(residuals, add, start)
 
     def _of_examples(
