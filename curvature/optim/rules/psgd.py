@@ -37,9 +37,9 @@ class KroneckerWhitening:
     """P1 ⊗ P2 with P_j = Q_j^2, which minimises E h^T P h + tr P^-1 over gradients h: then P = (E h h^T)^(-1/2), and
     P h is white, where that is a Kronecker product. Q_j is symmetric and positive definite.
 
-    A fit makes Q_j <- (I - G_j) Q_j (I - G_j) with G_j = rate / 2 L_j (T_j - N_j), of the Gram matrices over side j of
-    P h (T_j) and of white noise (N_j). L_j bounds |T_j + N_j|. Noise of the size `eps` is added to h, so that P stays
-    below 1 / eps; of all noise it is the mean that is taken. Where h is all zero nothing is fitted.
+    A fit makes Q_j <- (I - G_j) Q_j (I - G_j) with G_j = rate (T_j - N_j) / (2 L_j), of the Gram matrices over side j
+    of P h (T_j) and of white noise (N_j). L_j bounds |T_j + N_j|. Noise of the size `eps` is added to h, so that P
+    stays below 1 / eps; of all noise it is the mean that is taken. Where h is all zero nothing is fitted.
 
     A side of d entries of a matrix of n has a diagonal factor where d > `max_size` or d^2 > `max_skew` n. Q is fitted
     at each of the first 500 steps, then at ever fewer, and at one in `every` for ever.
@@ -87,8 +87,8 @@ class KroneckerWhitening:
             N = _white(white, dense) if noise is None else _gram(noise, dense)
             slope = spectral_norm(T + N, generator) if dense else (T + N).amax(1)
             slope = torch.where(seen, tracked(slopes[:, j], slope), slopes[:, j])
-            G = _times(torch.where(seen, self.rate / slope, 0.0), T - N)
-            Q[j] = _congruent(Q[j], G / 2)
+            G = _times(torch.where(seen, self.rate / (2 * slope), 0.0), T - N)
+            Q[j] = _congruent(Q[j], G)
             slopes[:, j] = slope
         sizes = [q.flatten(1).abs().amax(1) for q in Q]
         for side, q, size in zip(("left", "right"), Q, sizes, strict=True):
