@@ -85,7 +85,9 @@ def check(result: cv.Result, gates: Iterable[str]) -> list[str]:
                 failed.append(f"--fail-on {gate}: {told}.")
                 fix = fix or ("Spend more on it to be sure." if gate.open(quantities[name]) else "")
             elif not result.complete:
-                close.append(f"not --fail-on {gate}, but it was stopped early: {told}.")
+                close.append(
+                    f"not --fail-on {gate}, but it was stopped early, at {name} = {quantities[name]}: not decided."
+                )
             elif gate.open(quantities[name]):
                 close.append(f"not --fail-on {gate}, but only just: {told}.")
     if failed:

@@ -56,12 +56,15 @@ def operator_of(objective: cv.Objective, matrix: Matrix) -> cv.LinearOperator:
 def load_checked(model: str | None, task: Task) -> cv.Objective:
     """The objective, of which the first derivatives are known to be right; what to know of it on stderr."""
     from curvature.errors import listing
+    from curvature.objective.difference import NEAR
 
     objective = load_objective(model, task)
     health = objective.check()
     if health.unused:
         unused = f"{len(health.unused)} parameters: {listing(health.unused, 3)}"
         warn(f"the loss of the first batch does not depend on {unused}")
+    if health.difference is not None and health.difference > NEAR:
+        warn(f"second derivatives are {health.difference:.1g} off differences of gradients: see curv doctor")
     return objective
 
 

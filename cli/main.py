@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import traceback
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -99,6 +100,9 @@ def main(tokens: list[str] | None = None) -> NoReturn:
     """Run one command line and exit with its code."""
     tokens = sys.argv[1:] if tokens is None else tokens
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without a sign for ± loses that sign alone
     sys.exit(run(tokens))
 
 
