@@ -13,10 +13,11 @@ from .output import warn
 if TYPE_CHECKING:
     import torch
 
+OF_NUMBERS = ("bce", "mse", "poisson-nll")  # losses whose targets are shaped like outputs (n, 1)
 TEXTS = 8  # rows of tokens computed at a time: each has as many logits for every token as there are words
 
 
-def data_of(name: str | None, target: str | None = None) -> Any:
+def data_of(name: str | None, task: Task) -> Any:
     """What --data or --held-out name: arrays from a file, a demo's batches, or what code returns."""
     import curvature as cv
     from curvature.io.data import read_data
@@ -30,7 +31,7 @@ def data_of(name: str | None, target: str | None = None) -> Any:
         if made is None:
             raise cv.BadObjective(f"{name} returned nothing.", "Return a DataLoader, batches, or tensors.")
         return made
-    return read_data(name, target=target)
+    return read_data(name, target=task.target, numbers=task.loss in OF_NUMBERS)
 
 
 def parts_of_folder(path: Path, task: Task) -> tuple[torch.nn.Module, Any, Task]:
@@ -66,7 +67,7 @@ def data_of_folder(name: str, path: Path, module: torch.nn.Module, task: Task) -
     from curvature.objective.batches import Batches
 
     if name.startswith("demo:") or is_spec(name) or not is_text(name):
-        data = data_of(name, task.target)
+        data = data_of(name, task)
         return as_trained(data, module) if task.loss is None else data
     folders = [folder for folder in (path, task.base or base_of(path)) if folder is not None]
     data = read_text(Path(name), module, read_tokenizer(*folders), block=task.block_size, target=task.target)

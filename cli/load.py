@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import curvature as cv
 
 
-OF_NUMBERS = ("bce", "mse", "poisson-nll")  # losses whose targets are shaped like outputs (n, 1)
 STRUCTURED = ("ggn-diagonal", "kfac", "ekfac", "egn", "gradient-window")  # which are held whole
 
 
@@ -90,7 +89,7 @@ def other_data(name: str | None, objective: cv.Objective, model: str | None, tas
     if model is not None and _is_folder(model, task):
         data = data_of_folder(name, Path(model), module, task)
     else:
-        data = data_of(name, task.target if Path(name).is_file() and is_text(name) else None)
+        data = data_of(name, task if Path(name).is_file() and is_text(name) else replace(task, target=None))
     if (size := fixed_batch(module)) is not None:
         return whole_batches(data, size, None, model or name)
     if isinstance(data, Batches):
@@ -112,7 +111,7 @@ def load_objective(model: str | None, task: Task) -> cv.Objective:
             raise Misuse(
                 f"{model} is code, which brings its own model.", "Leave --arch out, or give a file of weights."
             )
-        return _from_made(called(model), model, task, data_of(task.data, task.target))
+        return _from_made(called(model), model, task, data_of(task.data, task))
     return _from_file(model, task)
 
 
@@ -152,9 +151,7 @@ def _from_file(path: str, task: Task) -> cv.Objective:
         raise Misuse(f"--base is for PEFT adapters, but {path} is {kind.value}.", "Leave it out.")
     if kind is FileKind.OBJECTIVE:
         make = None if arch is None else partial(arch, {})
-        objective = cv.Objective.load(
-            path, trust=task.trust, arch=make, data=data_of(task.data, task.target), **_cut(task)
-        )
+        objective = cv.Objective.load(path, trust=task.trust, arch=make, data=data_of(task.data, task), **_cut(task))
         return _adjusted(objective, task, loaded=True)
     if _is_folder(path, task):
         module, data, task = parts_of_folder(Path(path), task)
@@ -163,7 +160,7 @@ def _from_file(path: str, task: Task) -> cv.Objective:
     with as_script(task.arch if task.trust else None):
         module, notes = read_module(path, arch=arch, trust=task.trust, allow=task.allow_global)
     say_all(notes)
-    return _from_made(module, path, task, data_of(task.data, task.target))
+    return _from_made(module, path, task, data_of(task.data, task))
 
 
 def _is_folder(model: str, task: Task) -> bool:
@@ -190,8 +187,6 @@ def _from_made(made: Any, name: str, task: Task, data: Any) -> cv.Objective:
     if (size := fixed_batch(made)) is not None:
         data = whole_batches(data, size, task.max_examples, name)
         task = replace(task, batch_size=None, max_examples=None)
-    if task.loss in OF_NUMBERS:
-        data = _as_numbers(data, task)
     made = made.to(_device(task))
     options: dict[str, Any] = {
         "select": _select(task),
@@ -206,18 +201,6 @@ def _from_made(made: Any, name: str, task: Task, data: Any) -> cv.Objective:
     return cv.Objective.of(made, task.loss, data, **options).first(task.max_examples)
 
 
-def _as_numbers(data: Any, task: Task) -> Any:
-    """Targets (n, 1) of a table for a loss of numbers: whole ones are taken for classes (n,) there."""
-    import torch
-
-    from curvature.io.recognise import is_text
-
-    if not (isinstance(data, tuple) and task.data and Path(task.data).is_file() and is_text(task.data)):
-        return data
-    inputs, targets = data
-    return inputs, targets.view(-1, 1).to(torch.float32)
-
-
 def _adjusted(objective: cv.Objective, task: Task, *, loaded: bool = False) -> cv.Objective:
     """An objective that came whole, with what the options change of it."""
     if task.loss is not None or (task.arch is not None and not loaded):
@@ -227,7 +210,7 @@ def _adjusted(objective: cv.Objective, task: Task, *, loaded: bool = False) -> c
     if task.params or task.exclude:
         objective = objective.narrowed(_select(task))
     if task.data is not None and not loaded:
-        objective = objective.on(data_of(task.data, task.target), **_cut(task))
+        objective = objective.on(data_of(task.data, task), **_cut(task))
     if task.mode is not None and task.mode != objective.mode:
         objective = objective.in_mode(task.mode)
     if task.l2:

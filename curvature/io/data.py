@@ -28,16 +28,16 @@ PAIRS = (
 )
 
 
-def read_data(path: str | Path, *, target: str | None = None) -> Any:
+def read_data(path: str | Path, *, target: str | None = None, numbers: bool = False) -> Any:
     """The data set in a .npz, safetensors, torch.save or CSV file (or JSON lines), told by content.
 
     Two arrays called x and y (or inputs and targets, images and labels, ...) become the tuple (inputs, targets), any
     other names a dict of tensors; a torch.save file may also hold a list of batches. Of a table, the column `target`
-    (by default the last) holds the targets. Raises BadFile or UnsafeFile.
+    (by default the last) holds the targets: whole ones are classes, or `numbers`. Raises BadFile or UnsafeFile.
     """
     path = Path(path)
     if is_text(path):
-        return arrays_of(read_table(path), target, path)
+        return arrays_of(read_table(path), target, path, numbers=numbers)
     if target is not None:
         raise ValueError(f"A target is a column of a table in text, which {path} is not.")
     held = _read_npz(path) if _is_npz(path) else read_tensors(path)

@@ -62,10 +62,11 @@ def split_table(columns: Columns, target: str | None, path: Path) -> tuple[Colum
     return {key: cells for key, cells in columns.items() if key != name}, columns[name]
 
 
-def arrays_of(columns: Columns, target: str | None, path: Path) -> tuple[Tensor, Tensor]:
+def arrays_of(columns: Columns, target: str | None, path: Path, *, numbers: bool = False) -> tuple[Tensor, Tensor]:
     """(inputs, targets) of a table of numbers: float32 inputs (n, columns).
 
-    Targets that are whole numbers or words are classes, int64 (n,), words in alphabetical order; others float32 (n, 1).
+    Targets that are words, or whole numbers without `numbers`, are classes, int64 (n,), words in alphabetical order;
+    others float32 (n, 1).
     """
     inputs, targets = split_table(columns, target, path)
     for name, cells in inputs.items():
@@ -75,11 +76,11 @@ def arrays_of(columns: Columns, target: str | None, path: Path) -> tuple[Tensor,
                 "Encode it as numbers, or leave the column out.",
             )
     x = torch.tensor([[float(cell) for cell in cells] for cells in inputs.values()]).T.contiguous()
-    return x, _targets(targets)
+    return x, _targets(targets, numbers)
 
 
-def _targets(cells: list[str]) -> Tensor:
-    if all(cell.strip().lstrip("+-").isdecimal() for cell in cells):
+def _targets(cells: list[str], numbers: bool) -> Tensor:
+    if not numbers and all(cell.strip().lstrip("+-").isdecimal() for cell in cells):
         return torch.tensor([int(cell) for cell in cells])
     if all(map(_is_number, cells)):
         return torch.tensor([[float(cell)] for cell in cells])

@@ -335,7 +335,7 @@ def _difference(examination: Examination) -> Seen:
             f"a Hessian product of the first batch is {found:.1%} off the finite difference of gradients", examination
         )
     text = f"a product is within {found:.1g} of a finite difference of gradients, in float64"
-    if found <= NEAR or examination.written:
+    if found <= NEAR:
         return Seen(text)
     return Seen(
         f"{text}, which is more than rounding", "Look for item() and detach(), and for parts that compute in float32."

@@ -77,12 +77,12 @@ class Alone:
         total: T,
     ) -> T | None:
         """From each example alone; None where that fails, or the gradients are not those of the batch."""
-        evidence, sent, size = self.evidence, self._zeros(), 0.0
+        evidence, sent, size, done = self.evidence, self._zeros(), 0.0, 0
         more = [residual for residual in residuals if residual is not evidence.cotangent]
-        factors = iter(evidence.factors.unsqueeze(1))
         try:
             for gradients in source(torch.stack([evidence.cotangent, *more])):
-                scaled = torch.stack([next(factors) for _ in gradients]) * gradients[:, 0]
+                scaled = evidence.factors[done : done + len(gradients), None] * gradients[:, 0]
+                done += len(gradients)
                 sent += scaled.sum(0)
                 size += float(torch.linalg.vector_norm(scaled, dim=1).sum())
                 for own in gradients[:, gradients.shape[1] - len(residuals) :]:

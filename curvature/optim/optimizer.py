@@ -394,7 +394,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         of all where none has."""
         given = [[i for i, p in enumerate(slab.block.params) if p.grad is not None] for slab in self.slabs]
         due = (
-            "objective" in slab.rule.needs and slab.due(rows)
+            "objective" in slab.current.needs and slab.due(rows)
             for slab, rows in zip(self.slabs, given, strict=True)
             if rows or not any(given)
         )

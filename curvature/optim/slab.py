@@ -52,7 +52,7 @@ class Slab:
 
     def due(self, rows: Iterable[int]) -> bool:
         """Whether a step of these parameters makes anew what is dear."""
-        return self.group["taken"] % self.current.every == 0 or not self.begun.issuperset(rows)
+        return self.group["taken"] % self.rule.every == 0 or not self.begun.issuperset(rows)
 
     def fill(
         self, held: MutableMapping[Tensor, dict[str, Tensor]], finish: Sequence[Finish], control: StepControl
@@ -68,7 +68,7 @@ class Slab:
             state[WHOLE + name if whole else name] = torch.zeros(steps, dtype=torch.float64, device=block.space.device)
         for i, p in enumerate(block.params):
             saved = held.get(p, {})
-            places = {name: _part(state, name, block, i) for name in state if i == 0 or not name.startswith(WHOLE)}
+            places = _parts(state, block, i)
             made = {n: t for n, t in saved.items() if n.startswith(WHOLE) and n not in places}
             if saved:
                 check_fits(block.names[i], {n: t for n, t in saved.items() if n not in made}, places)
@@ -76,10 +76,10 @@ class Slab:
                     place.copy_(saved[name])
             state |= made  # by the rule, when it saw the model
         self.state = state
-        counts = state[WHOLE + "step" if whole else "step"]
+        counts = count("step", state)
         self.begun = {i for i in range(block.stack) if counts[0 if whole else i] > 0}
         for i, p in enumerate(block.params):
-            held[p] = {n: _part(state, n, block, i) for n in state if i == 0 or not n.startswith(WHOLE)}
+            held[p] = _parts(state, block, i)
 
 
 def count(name: str, state: Mapping[str, Tensor]) -> Float[Tensor, " b"]:
@@ -103,12 +103,9 @@ def _fields(kind: type) -> tuple[str, ...]:
     return tuple(f.name for f in fields(kind))
 
 
-def _part(state: State, name: str, block: Block, i: int) -> Tensor:
-    """What of a tensor of the state belongs to parameter i: a view."""
-    tensor = state[name]
-    if name.startswith(WHOLE):
-        return tensor
-    if block.grain == "shape":
-        return tensor[i]
+def _parts(state: State, block: Block, i: int) -> dict[str, Tensor]:
+    """What of a state belongs to parameter i, as views; what belongs to the block as a whole is with the first."""
     first = sum(p.numel() for p in block.params[:i])
-    return tensor[..., first : first + block.params[i].numel()]
+    own = i if block.grain == "shape" else (..., slice(first, first + block.params[i].numel()))
+    parts = {name: tensor if name.startswith(WHOLE) else tensor[own] for name, tensor in state.items()}
+    return {name: part for name, part in parts.items() if i == 0 or not name.startswith(WHOLE)}

@@ -584,4 +584,6 @@ def test_whole_numbers_in_a_table_are_numbers_where_the_loss_is_of_numbers(loss,
     rows = "\n".join(f"{i / 7},{i % 3},{i / 5},{i % 2}" for i in range(12))
     (folder / "table.csv").write_text(f"a,b,c,y\n{rows}\n")
     (folder / "net.py").write_text("import torch\n\ndef net():\n    return torch.nn.Linear(3, 1)\n")
-    assert curv("trace", "./net.py:net", "--loss", loss, "--data", "table.csv").code == 0
+    task = ("./net.py:net", "--loss", loss, "--data", "table.csv")
+    assert curv("trace", *task).code == 0
+    assert curv("influence", *task, "--operator", "ggn", "--damping", 1, "--test", "table.csv").code == 0
