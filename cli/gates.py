@@ -1,4 +1,7 @@
-"""Gates on the numbers of a result: `--fail-on "lambda_max>100"` makes a command end with exit code 10."""
+"""Gates on the numbers of a result: `--fail-on "lambda_max>100"` makes a command end with exit code 10.
+
+A gate passes only where it is known not to hold: a number that was still moving when the work ended passes none.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,19 @@ if TYPE_CHECKING:
     from curvature.result import Quantity
 
 SIGNS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+MORE = "Spend more on it to be sure."
 SHOWN = 3  # failures that are told one by one
+NUMBERS = {  # that a command's result has, as globs; of others nothing is known before
+    "spectrum": ("lambda_min", "lambda_max", "trace", "negative_share", "outliers"),
+    "eig": ("lambda_max", "lambda_min", "eigenvalue_*"),
+    "trace": ("trace",),
+    "diag": (),
+    "landscape": ("loss", "loss_min", "loss_max", "accuracy", "held_out_loss", "held_out_accuracy"),
+    "roughness": ("roughness", "oscillation"),
+    "path": ("barrier", "held_out_barrier", "climb", "total_variation", "mean_loss"),
+    "ihvp": ("residual", "steps", "energy", "norm"),
+    "influence": (),
+}
 
 
 class GateFailed(Exception):
@@ -57,7 +72,7 @@ class Gate(NamedTuple):
     def told(self, name: str, quantity: Quantity) -> str:
         """The number, its error, and whether that leaves the answer open."""
         low, high = quantity.interval()
-        if not high > low:
+        if not (quantity.converged and high > low):
             return f"{name} is {quantity}"
         return f"{name} is {quantity}, its 95 % interval [{low:.5g}, {high:.5g}] {self._place(low, high)}"
 
@@ -72,23 +87,24 @@ class Gate(NamedTuple):
 
 
 def check(result: cv.Result, gates: Iterable[str]) -> list[str]:
-    """Raise GateFailed where a gate holds, Misuse where there is no such number; returns what passed but might not."""
+    """Raise GateFailed where a gate holds or is not decided yet, Misuse where there is no such number; returns what
+    passed, but only just."""
     quantities = result.quantities()
     failed, close, fix = [], [], ""
     for gate in map(Gate.of, gates):
         names = [gate.name] if gate.name in quantities else [n for n in quantities if fnmatchcase(n, gate.name)]
         if not names:
-            raise _unknown(gate.name, quantities)
+            raise _unknown(gate.name, list(quantities))
         for name in names:
-            told = gate.told(name, quantities[name])
-            if gate.holds(quantities[name]):
+            quantity = quantities[name]
+            told, open = gate.told(name, quantity), gate.open(quantity)
+            if gate.holds(quantity):
                 failed.append(f"--fail-on {gate}: {told}.")
-                fix = fix or ("Spend more on it to be sure." if gate.open(quantities[name]) else "")
-            elif not result.complete:
-                close.append(
-                    f"not --fail-on {gate}, but it was stopped early, at {name} = {quantities[name]}: not decided."
-                )
-            elif gate.open(quantities[name]):
+                fix = fix or (MORE if open else "")
+            elif _moving(result, quantity, open):
+                failed.append(f"--fail-on {gate} is not decided: {told}.")
+                fix = MORE
+            elif open:
                 close.append(f"not --fail-on {gate}, but only just: {told}.")
     if failed:
         more = [f"And {len(failed) - SHOWN} more."] if len(failed) > SHOWN else []
@@ -96,11 +112,27 @@ def check(result: cv.Result, gates: Iterable[str]) -> list[str]:
     return close
 
 
-def _unknown(name: str, quantities: dict[str, Quantity]) -> Misuse:
+def _moving(result: cv.Result, quantity: Quantity, open: bool) -> bool:
+    """Whether the number may be another one yet. Work that was stopped early tells only what errors tell."""
+    known = quantity.stderr or quantity.bound
+    return not quantity.converged or not (result.complete or (known and not open))
+
+
+def foresee(gates: Iterable[str], command: str) -> None:
+    """Raise Misuse, before anything is measured, for what is no gate, or of a number that the command's result never
+    has."""
+    known = NUMBERS.get(command)
+    for name in (Gate.of(gate).name for gate in gates):
+        globs = [name] if known is None or any(c in name for c in "*?[") else known
+        if not any(fnmatchcase(name, glob) or fnmatchcase(name, f"*.{glob}") for glob in globs):  # or of a layer
+            raise _unknown(name, list(globs))
+
+
+def _unknown(name: str, known: list[str]) -> Misuse:
     from curvature.errors import listing
 
-    if not quantities:
+    if not known:
         return Misuse(f"There is no {name!r} to --fail-on: the result has no such numbers.", "Leave --fail-on out.")
-    near = difflib.get_close_matches(name, quantities, n=1)
+    near = difflib.get_close_matches(name, known, n=1)
     fix = f"Did you mean {near[0]}?" if near else "Take one of these, or a glob such as '*.trace'."
-    return Misuse(f"There is no {name!r} to --fail-on, but {listing(list(quantities), 12)}.", fix)
+    return Misuse(f"There is no {name!r} to --fail-on, but {listing(known, 12)}.", fix)

@@ -183,7 +183,7 @@ class Written:
     "Show the traceback of an error."
     config: Config = None
     fail_on: Annotated[tuple[str, ...], Parameter(group=GATES, negative=(), show_default=False)] = ()
-    "End with exit code 10 where this holds, as 'lambda_max > 100', with >, >=, < or <=; may be repeated."
+    "End with exit code 10 where this, as 'lambda_max > 100' (>, >=, <, <=), holds or is not decided; may be repeated."
 
 
 @Parameter(name="*", group=OUTPUT)

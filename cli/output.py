@@ -8,11 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from itertools import chain, count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from .gates import Gate, check
+from .gates import check, foresee
 from .options import Misuse, Output, Written, parsed_budget
 
 if TYPE_CHECKING:
@@ -32,15 +33,19 @@ def prepare(output: Output, command: str, *, products: bool = True) -> None:
     `products` says whether the command takes any with a matrix."""
     if output.budget is not None and "products" in parsed_budget(output.budget) and not products:
         raise Misuse(f"curv {command} takes no products with a matrix.", "Give a --budget of time, such as 10m.")
-    if output.resume and output.out is None:
-        raise Misuse("--resume is for work that is kept in --out.", "Pass --out DIR, too.")
-    prepare_written(output, command, begun=output.resume and output.out is not None and bool(_begun(output.out)))
+    begun = False
+    if output.resume:
+        if output.out is None:
+            raise Misuse("--resume is for work that is kept in --out.", "Pass --out DIR, too.")
+        begun = bool(_begun(output.out))
+        if not begun and not output.overwrite and _present(output.out, command):
+            raise Misuse(f"The work in {output.out} is done.", "Pass --overwrite to do it again, or another --out.")
+    prepare_written(output, command, begun=begun)
 
 
 def prepare_written(output: Written, command: str, *, begun: bool = False) -> None:
     """The same for what every command is asked; `begun` says that what is in --out is to be gone on with."""
-    for gate in output.fail_on:
-        Gate.of(gate)
+    foresee(output.fail_on, command)
     if output.out is not None:
         from curvature.io.files import clear_stale
 
@@ -62,10 +67,23 @@ def _check_folder(out: Path, command: str, overwrite: bool) -> None:
         raise Misuse(
             f"Nothing can be written in {place}: {error.strerror}.", "Check its permissions, or give another --out."
         ) from error
-    views = (f"{command}.{kind}" for kind in ("csv", "png", "html"))
-    present = [name for name in (*FILES, *views) if (out / name).exists()]
-    if present and not overwrite:
+    if (present := _present(out, command)) and not overwrite:
         raise Misuse(f"{out} already holds {', '.join(present)}.", "Pass --overwrite, or another --out.")
+
+
+def _present(out: Path, command: str) -> list[str]:
+    """The files of a result that are in a folder."""
+    views = (f"{command}.{kind}" for kind in ("csv", "png", "html"))
+    return [name for name in (*FILES, *views) if (out / name).exists()]
+
+
+def _free(out: Path, command: str) -> Path:
+    """`out`, or where another run has written into it meanwhile the first of out-2, out-3, ... without a result."""
+    others = (out.with_name(f"{out.name}-{number}") for number in count(2))
+    free = next(path for path in chain([out], others) if not _present(path, command))
+    if free != out:
+        warn(f"another run has written into {out} meanwhile.")
+    return free
 
 
 def deliver(measure: Callable[[cv.Run], R], output: Output, command: str, **style: Any) -> R:
@@ -124,7 +142,8 @@ def emit(result: cv.Result, output: Output, command: str, **style: Any) -> None:
     note = "Nothing was written; --out DIR keeps the numbers and a picture."
     try:
         if output.out is not None:
-            folder = result.save(output.out)
+            out = output.out if output.overwrite or output.resume else _free(output.out, command)
+            folder = result.save(out)
             rows = f", {result.save_table(folder / f'{command}.csv').name}" if result.table() else ""
             note = f"Written to {folder}: {', '.join(FILES)}{rows}{_view(result, folder, command, style)}"
     except KeyboardInterrupt as stop:

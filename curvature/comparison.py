@@ -18,7 +18,7 @@ HASH = 12  # characters of one that are shown
 @dataclass(frozen=True, kw_only=True)
 class Difference(Part):
     """A number in two results: `first`, `second`, and what is known of the error of second - first, as in a Quantity;
-    `dof` None stands for infinitely many.
+    `dof` None stands for infinitely many; `converged` is false where one of them has not.
 
     `p` is the probability of a difference so large or larger where there is none, by Welch's t, adjusted for the number
     of rows by Holm's method; 0 or 1 where nothing is random, and only bounds are known. None where there are no errors.
@@ -32,11 +32,13 @@ class Difference(Part):
     bound: float
     p: float | None
     different: bool | None
+    converged: bool = True
 
     @property
     def quantity(self) -> Quantity:
         """Second minus first, with its error."""
-        return Quantity(self.second - self.first, self.stderr, math.inf if self.dof is None else self.dof, self.bound)
+        dof = math.inf if self.dof is None else self.dof
+        return Quantity(self.second - self.first, self.stderr, dof, self.bound, self.converged)
 
     def __str__(self) -> str:
         texts = (f"{self.first:.6g}", f"{self.second:.6g}", str(self.quantity))
@@ -151,7 +153,9 @@ def compare(
             f"{listing(list(others)) or 'none'}. Give two of one kind."
         )
     differences = {name: _difference(own[name], others[name]) for name in shared}
-    judged = {name: q for name, q in differences.items() if math.isfinite(q.value) and math.isfinite(q.stderr)}
+    judged = {
+        name: q for name, q in differences.items() if q.converged and math.isfinite(q.value) and math.isfinite(q.stderr)
+    }
     random = {name: _probability(q) for name, q in judged.items() if q.stderr}
     adjusted = _adjusted(random)
     rows = []
@@ -167,6 +171,7 @@ def compare(
                 bound=q.bound,
                 p=p,
                 different=None if p is None else p <= 1 - level,
+                converged=q.converged,
             )
         )
     facts = first.origin.operator
@@ -199,7 +204,7 @@ def _difference(a: Quantity, b: Quantity) -> Quantity:
     squares = a.stderr**2, b.stderr**2
     shares = sum(square**2 / q.dof for square, q in zip(squares, (a, b), strict=True) if q.stderr and q.dof)
     dof = sum(squares) ** 2 / shares if shares else 0.0 if a.dof == b.dof == 0 else math.inf
-    return Quantity(b.value - a.value, math.sqrt(sum(squares)), dof, a.bound + b.bound)
+    return Quantity(b.value - a.value, math.sqrt(sum(squares)), dof, a.bound + b.bound, a.converged and b.converged)
 
 
 def _probability(q: Quantity) -> float:

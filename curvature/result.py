@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SCHEMA = 1
+FEW = 3  # degrees of freedom, below which a standard error is far too small as often as not
 LISTED = 1000  # tensors of up to so many entries are written out in result.json; larger ones by name only
 
 
@@ -77,21 +78,27 @@ def versions() -> dict[str, str]:
 @dataclass(frozen=True)
 class Quantity:
     """A number of a result with its error: `stderr` is its standard error with `dof` degrees of freedom, 0 where
-    nothing is random; `bound` is of what no repetition shows, such as the residual of an eigenvalue."""
+    nothing is random; `bound` is of what no repetition shows, such as the residual of an eigenvalue. One that has not
+    `converged` when the work ended would be another if it went on: nothing is known of its error."""
 
     value: float
     stderr: float = 0.0
     dof: float = math.inf
     bound: float = 0.0
+    converged: bool = True
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """The confidence interval at `level`, by Student's t, and the bound on either side."""
+        if not self.converged:
+            return -math.inf, math.inf
         half = self.bound + (self.stderr * student_quantile(level, self.dof) if self.stderr else 0.0)
         return self.value - half, self.value + half
 
     def __str__(self) -> str:
-        error = (with_error(self.value, self.stderr),) if self.stderr else (f"{self.value:.6g}",)
-        return " ".join([*error, *([f"(within {self.bound:.2g})"] if self.bound else [])])
+        shown = with_error(self.value, self.stderr, self.dof) if self.stderr else f"{self.value:.6g}"
+        if not self.converged:
+            return f"{shown} (not converged)"
+        return f"{shown} (within {self.bound:.2g})" if self.bound else shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,14 +250,17 @@ class Estimate(Result):
         label = self.origin.question
         if self.names and self.value.ndim == 1:
             entries = zip(self.names, self.value.tolist(), self.stderr.expand_as(self.value).tolist(), strict=True)
-            return {name: with_error(*entry) if self.dof else f"{entry[0]:.8g} (exact)" for name, *entry in entries}
+            return {
+                name: with_error(value, stderr, self.dof) if self.dof else f"{value:.8g} (exact)"
+                for name, value, stderr in entries
+            }
         if self.value.ndim:
             return {label: f"{tuple(self.value.shape)} values, median stderr {self.stderr.median().item():.2g}"}
         if self.dof == 0:
             return {label: f"{self.value.item():.8g} (exact)"}
         low, high = (bound.item() for bound in self.interval())
         return {
-            label: with_error(self.value.item(), self.stderr.item()),
+            label: with_error(self.value.item(), self.stderr.item(), self.dof),
             "95 % interval": f"[{low:.5g}, {high:.5g}]",
             "samples": str(self.samples),
             **({} if self.converged is None else {"tolerance": "reached" if self.converged else "not reached"}),
@@ -283,8 +293,11 @@ def student_quantile(level: float, dof: float) -> float:
     return float(scipy.special.stdtrit(dof, 0.5 + level / 2)) if dof >= 1 else math.inf
 
 
-def with_error(value: float, stderr: float) -> str:
-    """'12.34 ± 0.56': the value to the second digit of its standard error."""
+def with_error(value: float, stderr: float, dof: float = math.inf) -> str:
+    """'12.34 ± 0.56': the value to the second digit of its standard error. Of too few degrees of freedom for that to
+    mean what readers take it for, '12 ± 7 (95 %)': half the interval."""
+    if 0 < dof < FEW and stderr:
+        return f"{with_error(value, stderr * student_quantile(0.95, dof))} (95 %)"
     if not (math.isfinite(value) and math.isfinite(stderr)) or stderr == 0:
         return f"{value:.6g} ± {stderr:.2g}"
     digits = max(0, min(12, math.floor(math.log10(max(abs(value), stderr))) - math.floor(math.log10(stderr)) + 1))

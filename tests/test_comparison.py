@@ -166,3 +166,12 @@ def test_landscapes_are_drawn_on_one_scale(tmp_path, axes):
     both = [look(o, cv.random_directions(o, axes), points=3) for o in (objective, objective.at(objective.position / 2))]
     save_picture(cv.compare(*both), tmp_path / "both.png")
     assert (tmp_path / "both.png").stat().st_size > 1000
+
+
+def test_what_has_not_converged_is_not_judged():
+    early, late = (cv.eigsh(free(k * MATRIX), max_steps=1, method="krylov", seed=k) for k in (1, 2))
+    assert not early.converged.any()
+    row = cv.compare(early, late)["lambda_max"]
+    assert (row.p, row.different, row.converged) == (None, None, False) and "no error is known" in str(row)
+    exact = [cv.eigsh(free(k * MATRIX)) for k in (1, 2)]
+    assert cv.compare(*exact)["lambda_max"].different

@@ -390,6 +390,11 @@ def test_quantities_without_degrees_of_freedom_have_the_normal_interval():
     assert Quantity(1.0, 0.5).interval(0.95) == pytest.approx((1 - 0.5 * 1.959964, 1 + 0.5 * 1.959964), rel=1e-6)
 
 
+def test_nothing_is_known_of_the_error_of_what_has_not_converged():
+    moving = Quantity(3.0, bound=0.1, converged=False)
+    assert str(moving) == "3 (not converged)" and moving.interval() == (-math.inf, math.inf)
+
+
 def test_quantities_of_other_kinds_are_what_their_summary_says():
     plane, path, table = KINDS["plane"](), KINDS["path"](), KINDS["sharpness"]()
     assert numbers("plane") == {"loss": plane.centre, "loss_min": plane.loss.min(), "loss_max": plane.loss.max()}
@@ -403,6 +408,15 @@ def test_quantities_of_other_kinds_are_what_their_summary_says():
 
 
 # --------------------------------------------------------------------------------------------- print
+
+
+@pytest.mark.parametrize(
+    "dof, text", [(1, "10 ± 15 (95 %)"), (2.5, "10 ± 4.3 (95 %)"), (3, "10 ± 1.2"), (0.5, "10 ± inf (95 %)")]
+)
+def test_of_few_samples_half_the_interval_is_printed(dof, text):
+    assert with_error(10, 1.2, dof) == text
+    if dof < 3:
+        assert text == f"{with_error(10, 1.2 * student_quantile(0.95, dof))} (95 %)"
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,8 @@ class Eigenpairs(Result):
         return {f"eigenvalue {i + 1}": f"{line}  {ends[i % len(ends)]}".rstrip() for i, line in enumerate(told)}
 
     def quantities(self) -> dict[str, Quantity]:
-        pairs = zip(self.values.tolist(), self.residuals.tolist(), strict=True)
-        found = [Quantity(value, bound=residual) for value, residual in pairs]
+        pairs = zip(self.values.tolist(), self.residuals.tolist(), self.converged.tolist(), strict=True)
+        found = [Quantity(value, bound=residual, converged=fine) for value, residual, fine in pairs]
         first = dict(zip(ENDS[self.origin.options["which"]], found, strict=False))
         return first | {f"eigenvalue_{i}": quantity for i, quantity in enumerate(found, 1)}
 

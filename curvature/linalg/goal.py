@@ -116,7 +116,7 @@ class Goal:
 def shown(question: str, estimate: Estimate) -> str:
     """The estimate with its error on one line, of a vector the typical error."""
     if estimate.value.ndim == 0:
-        return f"{question} {with_error(float(estimate.value), float(estimate.stderr))}"
+        return f"{question} {with_error(float(estimate.value), float(estimate.stderr), estimate.dof)}"
     return f"{question}, median stderr {float(estimate.stderr.median()):.2g}"
 
 

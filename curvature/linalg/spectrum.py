@@ -26,6 +26,8 @@ from curvature.result import Estimate, Quantity, Result, with_error
 Axis = Literal["log", "linear"]
 Keep = Literal["device", "main", "nowhere"]
 
+SETTLED = 1e-2  # residuals of the ends, relative to the largest magnitude
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class SpectralDensity(Result):
@@ -155,6 +157,14 @@ class SpectralDensity(Result):
         resolution = torch.as_tensor(share.floor).max()
         return replace(share, value=share.value[0], stderr=share.stderr[0], floor=float(resolution))
 
+    @property
+    def ends(self) -> tuple[Quantity, Quantity]:
+        """The smallest and the largest eigenvalue, converged where their residuals are small beside the spectrum."""
+        small = SETTLED * float(self.nodes.abs().max())
+        pairs = ((float(self.nodes[place]), float(self.residuals[place])) for place in (0, -1))
+        first, last = (Quantity(value, bound=residual, converged=residual <= small) for value, residual in pairs)
+        return first, last
+
     def summary(self) -> dict[str, str]:
         outliers = self.outliers
         trace = self.mean(lambda nodes: nodes * self.size)
@@ -164,21 +174,21 @@ class SpectralDensity(Result):
             "outliers": f"{len(outliers)}: {shown}{', ...' if len(outliers) > 5 else ''}" if len(outliers) else "none",
             "converged": f"{int(self.single.sum())} eigenvalues to the precision of the products",
         }
+        ends = (f"{end.value:.4g}{'' if end.converged else ' (not converged)'}" for end in self.ends)
         return {
-            "eigenvalues": f"{self.size:,}, from {self.nodes[0].item():.4g} to {self.nodes[-1].item():.4g}",
+            "eigenvalues": f"{self.size:,}, from {' to '.join(ends)}",
             **(counted if self.reorthogonalised else {"outliers": "not counted (not reorthogonalised)"}),
             "bulk": f"90 % within [{self.quantile(0.05):.3g}, {self.quantile(0.95):.3g}]",
-            "trace": with_error(float(trace.value), float(trace.stderr)),
+            "trace": with_error(float(trace.value), float(trace.stderr), trace.dof),
             "negative": percent(negative),
             "noise floor": f"±{self.floor:.1e} ({self.origin.operator.get('dtype', 'rounding')})",
             "probes, steps": f"{len(self.weights)} x {self.steps}" + ("" if self.complete else " (interrupted)"),
         }
 
     def quantities(self) -> dict[str, Quantity]:
-        ends = [Quantity(float(self.nodes[place]), bound=float(self.residuals[place])) for place in (0, -1)]
         means = {"trace": self.mean(lambda nodes: nodes * self.size), "negative_share": self.negative}
         return {
-            **dict(zip(("lambda_min", "lambda_max"), ends, strict=True)),
+            **dict(zip(("lambda_min", "lambda_max"), self.ends, strict=True)),
             **{name: Quantity(float(e.value), float(e.stderr), e.dof, float(e.floor)) for name, e in means.items()},
             **({"outliers": Quantity(len(self.outliers))} if self.reorthogonalised else {}),
         }

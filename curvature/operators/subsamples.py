@@ -39,7 +39,7 @@ class Subsampled(Estimate):
     def summary(self) -> dict[str, str]:
         if self.value.ndim:
             return super().summary()
-        value = with_error(float(self.value), float(self.stderr))
+        value = with_error(float(self.value), float(self.stderr), self.dof)
         data = f"± {float(self.data_stderr):.2g}" if self.data_stderr else "less than the probes show"
         shares = {"of which data": data, "of which probes": f"± {float(self.probe_stderr):.2g}"}
         return super().summary() | {self.origin.question: value} | shares

@@ -63,7 +63,7 @@ class Benchmark(Result):
             lost = int((~self.tried[i].isfinite()).sum())
             ends = len(self.lrs) > 2 and lr in (float(self.lrs.min()), float(self.lrs.max()))
             texts = [
-                f"{with_error(final.value, final.stderr):<20}",
+                f"{with_error(final.value, final.stderr, final.dof):<20}",
                 f"lr {lr:.3g}" + (" (at the end of those tried)" if ends else ""),
                 f"{1e3 * float(self.step_seconds[i]):.2g} ms a step",
                 f"state {int(self.state_bytes[i]) / 2**20:.2g} MiB",

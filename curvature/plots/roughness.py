@@ -33,7 +33,8 @@ def draw_roughness(result: Roughness, ax: Axes, *, color: str = BLUE, **style: A
         ax.legend(fontsize="small", loc="upper center", framealpha=0.8, edgecolor="none", borderpad=0.2)
     ax.axhline(0, color=GREY, lw=0.8, zorder=0)
     # below, where the legend is not in panels of any size
-    ax.text(0.5, 0.04, f"roughness {with_error(float(result.value), float(result.stderr))}", transform=ax.transAxes,
+    told = with_error(float(result.value), float(result.stderr), result.dof)
+    ax.text(0.5, 0.04, f"roughness {told}", transform=ax.transAxes,
             fontsize="small", color=BLACK, ha="center", bbox={"color": WHITE, "alpha": 0.8, "pad": 2})  # fmt: skip
     ax.set_xlabel("distance along a direction, in its lengths")
     ax.set_ylabel("loss - loss at the centre")

@@ -100,9 +100,10 @@ class PacBayes(Estimate):
 
     def summary(self) -> dict[str, str]:
         sharpness = self.sharpness
+        sigma = with_error(float(self.value), float(self.stderr), self.dof)
         return {
-            "sigma": f"{with_error(float(self.value), float(self.stderr))}: {self.quantity} + {self.tolerance:g}",
-            "1 / sigma^2": with_error(float(sharpness.value), float(sharpness.stderr)),
+            "sigma": f"{sigma}: {self.quantity} + {self.tolerance:g}",
+            "1 / sigma^2": with_error(float(sharpness.value), float(sharpness.stderr), sharpness.dof),
             "draws": f"{self.samples} at each of {len(self.sigmas)} sigmas",
         }
 

@@ -52,7 +52,7 @@ class Lipschitz(Estimate):
     def summary(self) -> dict[str, str]:
         place = int(self.ratios.argmax())
         shown = {"at least": f"{self.largest:.5g} (pair {place} of {len(self.ratios)})"}
-        mean = with_error(float(self.value), float(self.stderr)) if self.dof else f"{float(self.value):.5g}"
+        mean = with_error(float(self.value), float(self.stderr), self.dof) if self.dof else f"{float(self.value):.5g}"
         shown["mean"] = f"{mean}, median {float(self.ratios.nanmedian()):.5g}"
         if float(self.noise[place]) > 0.1 * self.largest:
             shown["rounding"] = f"± {float(self.noise[place]):.2g}: take a larger distance, or dtype=torch.float64"

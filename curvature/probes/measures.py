@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from curvature.errors import NotConverged
 from curvature.linalg.congruence import congruence
 from curvature.linalg.eigen import eigsh
 from curvature.linalg.eigenpairs import Eigenpairs
@@ -78,6 +79,11 @@ def _sampled(result: Estimate) -> Numbers:
 
 
 def _largest(result: Eigenpairs) -> Numbers:
+    if not result.converged.all():
+        raise NotConverged(
+            f"after {result.cost.products} products the residual of {float(result.values[0]):.5g} is still "
+            f"{float(result.residuals[0]):.2g}"
+        )
     value, residual = result.values[:1].double(), result.residuals[:1].double()
     return Numbers(value, value * torch.nan, torch.full_like(value, torch.inf), residual)
 

@@ -55,7 +55,7 @@ class Roughness(Estimate):
         shown = super().summary()
         if len(known):
             above = float((known > 2 + 1e-6).double().mean())
-            mean = with_error(float(known.mean()), float(known.std()) / len(known) ** 0.5)
+            mean = with_error(float(known.mean()), float(known.std()) / len(known) ** 0.5, len(known) - 1)
             shown["oscillation"] = f"{mean}, up to {float(known.max()):.4g}; {above:.0%} above 2"
         shown["half as many steps"] = f"{float(self.coarse):.4g}"
         if self.dof < FEW:

@@ -52,9 +52,9 @@ class Sharpness(Result):
     def summary(self) -> dict[str, str]:
         rows = {}
         changes = torch.full_like(self.values, torch.nan) if self.changes is None else self.changes
-        columns = (self.values.tolist(), self.stderrs.tolist(), self.invariant, changes.tolist())
-        for name, value, stderr, invariant, change in zip(self.names, *columns, strict=True):
-            number = f"{value:.6g}" if stderr != stderr else with_error(value, stderr)
+        columns = (self.values.tolist(), self.stderrs.tolist(), self.dofs.tolist(), self.invariant, changes.tolist())
+        for name, value, stderr, dof, invariant, change in zip(self.names, *columns, strict=True):
+            number = f"{value:.6g}" if stderr != stderr else with_error(value, stderr, dof)
             told = "invariant" if invariant else "not invariant"
             rows[name] = f"{number:<24} {told}" + ("" if change != change else f" (changed by {change:.1e})")
         return rows | ({"left out": "; ".join(self.left_out)} if self.left_out else {})
@@ -149,9 +149,9 @@ def _taken(measure: Measure, setting: Setting) -> Record:
     """The numbers of a measure, or why there are none."""
     try:
         answer = measure.ask(setting)
+        return {**measure.read(answer)._asdict(), "products": torch.tensor(answer.cost.products)}
     except (CurvatureError, ValueError) as reason:
         return {"reason": torch.tensor(list(str(reason).encode()), dtype=torch.uint8)}
-    return {**measure.read(answer)._asdict(), "products": torch.tensor(answer.cost.products)}
 
 
 def _tabled(

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from curvature_cli.gates import Gate, GateFailed, check
+from curvature_cli.gates import NUMBERS, Gate, GateFailed, check, foresee
 from curvature_cli.options import Misuse, parsed_budget
 
 import curvature as cv
@@ -71,11 +71,30 @@ def test_what_passes_by_less_than_its_error_is_told():
     ]
 
 
-def test_what_was_stopped_early_is_told():
-    early = Told(**TOLD.told)
+def test_what_has_not_converged_passes_no_gate():
+    moving = Told(lambda_max=Quantity(12.0, bound=0.5, converged=False))
+    with pytest.raises(GateFailed) as failed:
+        check(moving, ["lambda_max > 100"])
+    assert failed.value.cause == "--fail-on lambda_max > 100 is not decided: lambda_max is 12 (not converged)."
+    assert failed.value.fix == "Spend more on it to be sure."
+    with pytest.raises(GateFailed, match=r"lambda_max > 10: lambda_max is 12 \(not converged\)\."):
+        check(moving, ["lambda_max > 10"])
+
+
+def test_of_what_was_stopped_early_only_errors_are_believed():
+    early = Told(**TOLD.told, outliers=Quantity(3.0))
     object.__setattr__(early, "complete", False)
-    (told,) = check(early, ["lambda_max > 100"])
-    assert told.endswith("but it was stopped early, at lambda_max = 12 (within 0.5): not decided.")
+    assert check(early, ["lambda_max > 100", "trace > 40"]) == []
+    for gate in ("trace > 31", "outliers > 5"):  # within its error; may still be counted
+        with pytest.raises(GateFailed, match="is not decided"):
+            check(early, [gate])
+
+
+def test_eigenvalues_that_have_not_converged_pass_no_gate(curv):
+    eig = ("eig", *OBJECTIVE, "--format", "quiet", "--fail-on", "lambda_max > 1e9")
+    assert curv(*eig).code == 0
+    early = curv(*eig, "--rtol", 1e-12, "--max-steps", 1)
+    assert early.code == 10 and "is not decided: lambda_max is" in early.err and "(not converged)" in early.err
 
 
 def test_what_is_no_number_passes_no_gate():
@@ -120,6 +139,14 @@ def test_a_gate_that_fails_ends_with_10_after_all_is_written(curv, folder):
 )
 def test_every_measurement_has_gates(curv, command, gate):
     assert curv(*command, *OBJECTIVE, "--fail-on", gate).code == 10
+
+
+@pytest.mark.parametrize("command", sorted(NUMBERS))
+def test_a_number_that_a_command_never_has_is_refused_before_anything_is_read(curv, command):
+    model = ("nowhere.pt",) * (1 + (command == "path"))
+    said = curv(command, *model, "--fail-on", "nothing > 1")
+    assert said.code == 2 and "There is no 'nothing' to --fail-on" in said.err
+    foresee(["*.anything > 1"], command)
 
 
 def test_a_name_that_there_is_none_of_is_answered_with_those_there_are(curv):
@@ -223,7 +250,7 @@ def test_what_a_budget_left_out_is_done_when_the_command_is_started_again(curv, 
     assert last == whole
     assert {path.name for path in Path("run").iterdir()} == {"result.json", "arrays.safetensors", "spectrum.png"}
     said = curv(*going)
-    assert said.code == 2 and "run already holds result.json" in said.err
+    assert said.code == 2 and "The work in run is done." in said.err
 
 
 def test_a_landscape_goes_on_with_its_directions(curv, folder):
@@ -259,3 +286,14 @@ def test_what_killed_processes_left_half_written_is_removed(curv, folder):
         path.write_bytes(b"half")
     assert curv("trace", *OBJECTIVE, "--out", "run", "--format", "quiet").code == 0
     assert not stale.exists() and alive.exists()
+
+
+def test_what_another_wrote_meanwhile_is_kept(curv, folder):
+    (folder / "late.py").write_text(
+        "from pathlib import Path\nimport task\n\ndef make():\n"
+        "    Path('run').mkdir()\n    Path('run/result.json').write_text('another')\n    return task.make()\n"
+    )
+    said = curv("trace", "--objective", "./late.py:make", "--out", "run")
+    assert said.code == 0 and "another run has written into run meanwhile" in said.err
+    assert "Written to run-2: result.json" in said.err and cv.Result.load("run-2").complete
+    assert Path("run/result.json").read_text() == "another"

@@ -10,6 +10,7 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
+from curvature_cli.gates import NUMBERS, foresee
 from curvature_cli.main import COMMANDS
 
 import curvature as cv
@@ -75,6 +76,14 @@ def test_a_command_prints_what_its_schema_says_and_nothing_less_or_more(printed,
         assert not schema.is_valid(less), name
         assert not schema.is_valid({**told, name: object}), name
     assert not schema.is_valid({**told, "more": 1})
+
+
+@pytest.mark.parametrize("command", NUMBERS)
+def test_the_numbers_of_a_command_are_those_that_gates_know_of(printed, command):
+    printed(command, "--out", "run")
+    names = cv.Result.load("run").quantities()
+    foresee([f"{name} > 1" for name in names], command)
+    assert bool(names) == bool(NUMBERS[command])
 
 
 @pytest.mark.parametrize("command", ["spectrum", "eig", "trace"])

@@ -450,6 +450,21 @@ def test_an_interrupt_returns_the_density_so_far(after):
     assert torch.equal(part.nodes, whole.nodes) and torch.equal(part.weights, whole.weights)
 
 
+@pytest.mark.parametrize("top", [50.0, 1.3])  # apart from the bulk; not
+def test_the_ends_are_called_converged_where_they_are_the_extreme_eigenvalues(top):
+    values = torch.cat([linspace(-1, 1, 300), tensor(top)])
+    seen = set()
+    for steps in range(1, 30):
+        found = cv.spectral_density(free(rotated(values)), probes=2, steps=steps)
+        for end, truth, name in zip(found.ends, (-1, top), ("lambda_min", "lambda_max"), strict=True):
+            seen.add(end.converged)
+            assert not end.converged or abs(end.value - truth) <= 0.02 * top
+            assert found.quantities()[name] == end
+        told = found.summary()["eigenvalues"]
+        assert told.count("(not converged)") == sum(not end.converged for end in found.ends)
+    assert seen == {True, False}
+
+
 def test_an_interrupt_before_the_first_product_has_nothing_to_return():
     A = free(rotated(linspace(-1, 2, 50)))
     A.function = Stopping(0, A.function)

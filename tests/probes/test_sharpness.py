@@ -168,6 +168,14 @@ def test_it_goes_on_where_it_was_and_returns_what_it_has(tmp_path):
     assert not isinstance(nothing.value, cv.Interrupted)
 
 
+def test_an_eigenvalue_that_has_not_converged_is_left_out(monkeypatch):
+    few = MEASURES["lambda_max"]._replace(ask=lambda s: cv.eigsh(s.hessian, max_steps=1, seed=s.seed))
+    monkeypatch.setitem(MEASURES, "lambda_max", few)
+    table = sharpness(zoo()[1].objective(), measures=["lambda_max", "sam"])
+    assert table.names == ("sam",)
+    assert "lambda_max: after" in table.left_out[0] and "the residual of" in table.left_out[0]
+
+
 def test_bad_input_is_refused():
     objective = zoo()[1].objective()
     with pytest.raises(ValueError, match=r"measures are some of lambda_max, .* but got flat"):
