@@ -36,7 +36,7 @@ def eig(
     k
         How many eigenvalues.
     which
-        Which end, both, or largest in magnitude.
+        Which end; both in turn, so that -k counts them together; or the largest in magnitude.
     method
         lanczos takes the fewest products; krylov the fewest passes over the data, and the most memory.
     rtol

@@ -21,7 +21,7 @@ from curvature.linalg.krylov import Krylov, Recurrence
 from curvature.linalg.measurement import Measurement
 from curvature.linalg.operator import LinearOperator, as_operator
 from curvature.progress import Run
-from curvature.result import Estimate, Quantity, Result, with_error
+from curvature.result import Estimate, Quantity, Result
 
 Axis = Literal["log", "linear"]
 Keep = Literal["device", "main", "nowhere"]
@@ -174,12 +174,14 @@ class SpectralDensity(Result):
             "outliers": f"{len(outliers)}: {shown}{', ...' if len(outliers) > 5 else ''}" if len(outliers) else "none",
             "converged": f"{int(self.single.sum())} eigenvalues to the precision of the products",
         }
+        if self.single.all():  # nothing stands alone in a spectrum that is all known
+            counted = {"converged": "all, to the precision of the products"}
         ends = (f"{end.value:.4g}{'' if end.converged else ' (not converged)'}" for end in self.ends)
         return {
             "eigenvalues": f"{self.size:,}, from {' to '.join(ends)}",
             **(counted if self.reorthogonalised else {"outliers": "not counted (not reorthogonalised)"}),
             "bulk": f"90 % within [{self.quantile(0.05):.3g}, {self.quantile(0.95):.3g}]",
-            "trace": with_error(float(trace.value), float(trace.stderr), trace.dof),
+            "trace": str(Quantity(float(trace.value), float(trace.stderr), trace.dof)),
             "negative": percent(negative),
             "noise floor": f"±{self.floor:.1e} ({self.origin.operator.get('dtype', 'rounding')})",
             "probes, steps": f"{len(self.weights)} x {self.steps}" + ("" if self.complete else " (interrupted)"),
@@ -205,7 +207,7 @@ def _beyond_a_gap(candidates: Tensor, gap: Tensor) -> Tensor:
 def percent(share: Estimate) -> str:
     """A share with its standard error and, where it matters, its resolution."""
     value, stderr, floor = (100 * float(x) for x in (share.value, share.stderr, share.floor))
-    shown = f"{value:.3g} % ± {stderr:.2g} %" if value else "none"
+    shown = f"{value:.3g} %" + (f" ± {stderr:.2g} %" if stderr else "") if value else "none"
     return shown + (f" (resolution {floor:.2g} %)" if floor > 0.1 else "")
 
 

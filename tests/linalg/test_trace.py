@@ -248,7 +248,7 @@ def test_progress_counts_every_product_up_to_the_last(method, products):
     assert {(progress.question, progress.unit) for progress in seen} == {("trace", "products")}
     assert seen[-1].left == 0 and all(progress.left > 0 for progress in seen[:-1])
     if estimate.dof:
-        assert seen[-1].note == f"trace {with_error(float(estimate), float(estimate.stderr))}"
+        assert seen[-1].note == f"trace {with_error(float(estimate), float(estimate.stderr), estimate.dof)}"
 
 
 @pytest.mark.parametrize(

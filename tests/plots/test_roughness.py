@@ -39,7 +39,7 @@ def diagram(births: list[float], deaths: list[float], dimensions: list[int]) -> 
 
 def test_the_profiles_of_roughness_are_drawn_with_the_index():
     ax = draw_roughness(ROUGH, axes())
-    assert ax.texts[0].get_text() == f"roughness {with_error(float(ROUGH), float(ROUGH.stderr))}"
+    assert ax.texts[0].get_text() == f"roughness {with_error(float(ROUGH), float(ROUGH.stderr), ROUGH.dof)}"
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert labels == ["9 in 10 directions", "half of them", "median"]
     (median,) = [line for line in ax.lines if line.get_label() == "median"]
