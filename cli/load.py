@@ -59,9 +59,11 @@ def load_checked(model: str | None, task: Task) -> cv.Objective:
 
     objective = load_objective(model, task)
     health = objective.check()
-    if health.unused:
-        unused = f"{len(health.unused)} parameters: {listing(health.unused, 3)}"
-        warn(f"the loss of the first batch does not depend on {unused}")
+    if health.detached:
+        detached = f"{len(health.detached)} parameters that no gradient reaches: {listing(health.detached, 3)}"
+        warn(f"the loss of the first batch changes with {detached}; see curv doctor")
+    if health.idle:
+        warn(f"the loss of the first batch does not depend on {len(health.idle)} parameters: {listing(health.idle, 3)}")
     if health.difference is not None and health.difference > NEAR:
         warn(f"second derivatives are {health.difference:.1g} off differences of gradients: see curv doctor")
     return objective

@@ -6,6 +6,7 @@ and of the backward of each node, tell of any node, of the graphs of first and s
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from curvature.errors import printable
-from curvature.objective.calls import call_record
+from curvature.objective.calls import Span, call_record
 
 if TYPE_CHECKING:
     from curvature.objective.objective import Objective
@@ -82,11 +83,23 @@ class Replay:
         self._watched([self.total], [torch.ones_like(self.total)], create_graph=False)
         return "" if self.spoilt is None else f"the backward of {_name(self.spoilt)} in {self._part(self.spoilt)}"
 
-    def unlinked(self) -> str:
-        """The first part whose output hangs on no graph though its input, or a parameter of its own, does."""
+    def unlinked(self, names: Sequence[str]) -> str:
+        """The first part whose output hangs on no graph though its input, or a parameter of its own, does; or else the
+        widest with one of the parameters `names` whose output hangs on a graph that is none of the loss's."""
         owners = {name.rpartition(".")[0] for name in self.leaves}
-        cuts = (s.part for s in self.calls.ended if not s.linked and (s.fed or s.part.split(" (")[0] in owners))
-        return next(cuts, "")
+        cuts = (s.part for s in self.calls.ended if not s.linked and (s.fed or _path(s) in owners))
+        return next(cuts, "") or self._passed(names)
+
+    def _passed(self, names: Sequence[str]) -> str:
+        if self.total is None:
+            return ""
+        numbers = sorted(node._sequence_nr() for node in nodes_of([self.total]))
+        calls = [s for s in self.calls.ended if s.linked and s.first < s.last]
+        met = {s.part for s in calls if bisect_left(numbers, s.first) < bisect_left(numbers, s.last)}
+        holders = ("the model", *names)  # the whole model, where it is the loss that cuts
+        passed = [s for s in calls if s.part not in met and any(f"{n}.".startswith(f"{_path(s)}.") for n in holders)]
+        widest = min(passed, key=lambda s: (s.first, -s.last), default=None)
+        return "" if widest is None or _path(widest) == "the model" else widest.part
 
     def custom(self) -> list[str]:
         """The backwards that are not torch's own, with their parts."""
@@ -150,6 +163,10 @@ class Replay:
         number = self._maker(node)._sequence_nr()
         inside = [s for s in (*self.calls.ended, *self.calls.open) if s.first <= number < s.last]
         return min(inside, key=lambda s: s.last - s.first).part if inside else "the loss"
+
+
+def _path(span: Span) -> str:
+    return span.part.partition(" (")[0]
 
 
 def _finite(tensors: Iterable[Tensor | None]) -> bool:

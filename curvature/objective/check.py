@@ -19,7 +19,17 @@ from torch import Tensor
 from curvature.errors import BadObjective, CurvatureError, NonFinite, TooLarge, listing, one_line
 from curvature.objective.batches import halves, leading, moved, stored_values
 from curvature.objective.blame import REFUSING, Replay, nodes_of
-from curvature.objective.difference import DIFFERENCE, NEAR, ROUNDING, SYMMETRY, asymmetry, difference, norm
+from curvature.objective.difference import (
+    DIFFERENCE,
+    NEAR,
+    ROUNDING,
+    SYMMETRY,
+    asymmetry,
+    changing,
+    difference,
+    norm,
+    value_of,
+)
 from curvature.objective.products import gradient_graph
 
 if TYPE_CHECKING:
@@ -28,6 +38,7 @@ if TYPE_CHECKING:
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")  # written in training, and not computed with
 STEPPING = 1e-4  # how far off a product may be where a call writes to buffers: what it then does has no derivative
 TWICE = ("derivative for", "differentiate twice", "double backward")
+CUTS = "detach(), no_grad(), item(), argmax or NumPy"
 HELD = "The batch is a {}: take what it holds, as in {}."
 FIXES = {  # words of torch -> what to do
     "modified by an inplace operation": "Do not change its result in place: x = x + 1 for x += 1, inplace=False.",
@@ -45,8 +56,9 @@ class Health:
     """What the check found in a healthy objective.
 
     `rewrites` counts by name what was replaced in a pass to be twice differentiable; `unused` are selected parameters
-    that the loss of the first batch does not depend on; `difference` is the relative difference between a Hessian
-    product and a finite difference of gradients in float64, None when the model cannot be run in float64;
+    that the gradient of the first batch does not reach, and `detached` those of them with which the loss changes all
+    the same: derivatives take them as constants. `difference` is the relative difference between a Hessian product and
+    a finite difference of gradients in float64, None when the model cannot be run in float64;
     `example_bytes` is the memory that the graph of a gradient holds for each example, and `example_tensor` that of its
     tensors, one with another: the mean over bytes of how many bytes the tensor has that they are in. `altered` are
     layers, with the reason, whose parameters turned out not to be known by what goes through them: whoever finds out
@@ -55,6 +67,7 @@ class Health:
 
     rewrites: Mapping[str, int] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    detached: tuple[str, ...] = ()
     difference: float | None = None
     example_bytes: float = 0.0
     example_tensor: float = 0.0
@@ -62,7 +75,13 @@ class Health:
 
     def narrowed(self, names: Container[str]) -> Health:
         """The same of the parameters of these names alone."""
-        return replace(self, unused=tuple(name for name in self.unused if name in names))
+        unused, detached = (tuple(name for name in some if name in names) for some in (self.unused, self.detached))
+        return replace(self, unused=unused, detached=detached)
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """The unused parameters with which the loss does not change."""
+        return tuple(name for name in self.unused if name not in self.detached)
 
 
 class Seen(NamedTuple):
@@ -82,8 +101,10 @@ class Examination:
 
     objective: Objective
     batch: Any = None
+    value: float = 0.0  # of the loss, summed over the batch
     leaves: dict[str, Tensor] = field(default_factory=dict)
     grads: list[Tensor | None] = field(default_factory=list)
+    detached: tuple[str, ...] = ()
     rewrites: dict[str, int] = field(default_factory=dict)
     held: list[int] = field(default_factory=list)  # bytes of each tensor that the graph of the gradient holds
     written: list[str] = field(default_factory=list)  # buffers that a call writes to, and may compute with
@@ -96,7 +117,8 @@ class Examination:
         """What all probes found."""
         total, examples = sum(self.held), leading(self.batch) or 1
         tensor = sum(size**2 for size in self.held) / total if total else 0.0
-        return Health(self.rewrites, self.unused, self.difference, total / examples, tensor / examples)
+        sizes = total / examples, tensor / examples
+        return Health(self.rewrites, self.unused, self.detached, self.difference, *sizes)
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -175,7 +197,7 @@ def _loss(examination: Examination) -> Seen:
         tensors = objective.complete(objective.params)
         with objective.randomness():
             objective.function.check(tensors, batch)
-        values = [_value(objective, batch) for _ in range(2)]
+        values = [value_of(objective, batch) for _ in range(2)]
     changed = [name for name, buffer in objective.buffers.items() if not torch.equal(buffer, tensors[name])]
     examination.written = [name for name in changed if not name.endswith(RUNNING)]
     if not torch.isfinite(torch.tensor(values)).all():
@@ -189,14 +211,10 @@ def _loss(examination: Examination) -> Seen:
             f"The loss is random: the first batch gave {values[0]:.6g}, then {values[1]:.6g}.",
             "Draw random numbers only from the global generators of torch, Python or NumPy, which are fixed here.",
         )
+    examination.value = values[0]
     terms = objective.function.weight(batch)
     each = values[0] / terms if terms else values[0]
     return Seen(f"{objective.function.name}: {each:.6g}, the mean over {terms:g} terms of the first batch")
-
-
-def _value(objective: Objective, batch: Any) -> float:
-    with objective.randomness():
-        return float(objective.total(objective.params, batch).detach())
 
 
 def _examples(examination: Examination) -> Seen:
@@ -209,9 +227,9 @@ def _examples(examination: Examination) -> Seen:
     if not objective.batches.cut or objective.mode == "train" or (leading(batch) or 0) < 2:
         return Seen("the batches are those that were given")
     with objective.context():
-        together = _value(objective, batch)
+        together = value_of(objective, batch)
         try:
-            apart = sum(_value(objective, half) for half in halves(batch))
+            apart = sum(value_of(objective, half) for half in halves(batch))
         except Exception as error:
             raise _coupled(f"a half of the first batch fails ({one_line(error)})") from error
     rounding = ROUNDING * objective.space.eps * (abs(together) + float(objective.function.weight(batch)))
@@ -228,7 +246,7 @@ def _coupled(how: str) -> BadObjective:
 
 
 def _gradient(examination: Examination) -> Seen:
-    """The loss depends on the parameters, and its gradient is finite."""
+    """The gradient of the loss reaches the parameters, and is finite."""
     objective, batch = examination.objective, examination.batch
     with objective.context() as rewrites:  # of one pass
         try:
@@ -241,12 +259,13 @@ def _gradient(examination: Examination) -> Seen:
             held = {}  # a loss that calls torch.func allows no such look at its graph
             with objective.randomness():
                 leaves, grads = gradient_graph(objective, batch)
-    if all(g is None for g in grads):
-        where = examination.replay().unlinked() or "the loss"
-        raise BadObjective(
-            f"The loss does not depend on the selected parameters: no gradient goes through {where}.",
-            "Compute it from the model that is passed in, without no_grad, detach or argmax.",
-        )
+    examination.leaves, examination.grads = leaves, grads
+    unused = examination.unused
+    if unused:
+        with objective.context():
+            examination.detached = changing(objective, batch, examination.value, unused)
+    if len(unused) == len(leaves):
+        raise _unreached(examination)
     for name, g in zip(leaves, grads, strict=True):
         if g is not None and not torch.isfinite(g).all():
             where = examination.replay().overflowing()
@@ -254,22 +273,45 @@ def _gradient(examination: Examination) -> Seen:
                 f"The gradient with respect to {name} is not finite{f': it begins in {where}' if where else ''}.",
                 "Check the loss for overflow.",
             )
-    examination.leaves, examination.grads = leaves, grads
     examination.rewrites, examination.held = dict(rewrites), list(held.values())
-    unused = examination.unused
     size = norm(g.detach() for g in grads if g is not None) / (objective.function.weight(batch) or 1)
     text = f"of norm {size:.4g}"
+    told, fixes = _unused(examination)
     if not size:
-        return Seen(
-            f"{text}: exactly zero", "Look for dead or saturated units, and whether outputs and targets fit together."
+        text += ": exactly zero"
+        fixes.insert(0, "Look for dead or saturated units, and whether outputs and targets fit together.")
+    elif not told:
+        text += ", with respect to all parameters"
+    return Seen("; ".join([text, *told]), " ".join(fixes))
+
+
+def _unused(examination: Examination) -> tuple[list[str], list[str]]:
+    """What there is to say of the parameters that the gradient does not reach, and to do about them."""
+    detached, idle = examination.detached, examination.health.idle
+    told, fixes = [], []
+    if detached:
+        some = listing(detached, 3)
+        told.append(f"the loss changes with {len(detached)} parameters that no gradient reaches: {some}")
+        fixes.append(f"Derivatives take them as constants: remove {CUTS}, or hold them fixed (--exclude, select=).")
+    if idle:
+        told.append(f"the loss does not depend on {len(idle)} parameters: {listing(idle, 3)}")
+        fixes.append("Leave out what it does not depend on (--exclude, select=), unless other batches use it.")
+    if told and (where := examination.replay().unlinked(detached or idle)):
+        told[-1] += f". No gradient goes through {where}"
+    return told, fixes
+
+
+def _unreached(examination: Examination) -> BadObjective:
+    """The refusal of a loss whose gradient reaches no parameter."""
+    where = examination.replay().unlinked(examination.detached or examination.unused)
+    if examination.detached:
+        return BadObjective(
+            f"The loss changes with the selected parameters, but no gradient goes through {where or 'the loss'}.",
+            f"Compute it without {CUTS}.",
         )
-    if not unused:
-        return Seen(f"{text}, with respect to all parameters")
-    where = examination.replay().unlinked()
-    return Seen(
-        f"{text}; the loss does not depend on {len(unused)} parameters: {listing(unused, 3)}"
-        f"{f'. No gradient goes through {where}' if where else ''}",
-        "Leave them out with select= (--exclude), unless other batches use them.",
+    return BadObjective(
+        f"The loss does not depend on the selected parameters{f': no gradient goes through {where}' if where else ''}.",
+        "Compute it from the model that is passed in, or select parameters that it uses.",
     )
 
 

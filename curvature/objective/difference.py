@@ -1,4 +1,4 @@
-"""Whether second derivatives are right: by symmetry, and against differences of gradients in float64."""
+"""Whether derivatives are right: by symmetry, against differences of gradients in float64, and of losses."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from curvature.objective.batches import moved, shortened
+from curvature.objective.params import ParamSpace
 from curvature.objective.products import gradient_graph, gradient_of, hessian_product
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ STEPS = (1e-7, 1e-4, 1e-9, 1e-11, 1e-11)  # of these differences, relative to th
 BESIDE = 1e-2  # how far from the parameters they are taken, likewise: a bias of zero may lie exactly on a kink
 EXAMPLES = 8  # of the first batch, for these differences
 ROUNDING = 100  # units by which what is equal may differ
+STRIDES = (1.0, -1.0, 100.0, -100.0)  # in sizes of a parameter: both sides of a ReLU, and far, as argmax is flat
+PARTS = 16  # of the parameters with which a loss may change, that are told apart, by two to eight losses each
 
 
 def asymmetry(objective: Objective, leaves: Mapping[str, Tensor], grads: Sequence[Tensor | None]) -> float:
@@ -88,6 +91,43 @@ def _least_difference(objective: Objective, batch: Any) -> tuple[float | None, i
 def _gradient(objective: Objective, batch: Any) -> Tensor:
     with objective.context(), objective.randomness():
         return gradient_of(objective, batch)
+
+
+def changing(objective: Objective, batch: Any, value: float, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of the parameters `names` with which the loss of the batch changes from `value`, whatever gradients say.
+
+    Names are halved until each part is at most one of PARTS: of more names than that, neighbours count together. A
+    loss that is not finite where the parameters are displaced, or cannot be computed there, has changed.
+    """
+    space = ParamSpace.of({name: objective.params[name] for name in names})
+    away = space.named(space.draw(1, seed=objective.seed, kind="normal")[0])
+    for name, direction in away.items():
+        direction *= float(objective.params[name].square().mean().sqrt()) or 1.0
+    least = math.ceil(len(names) / PARTS)
+    noise = ROUNDING * space.eps * abs(value)
+
+    def displaced(names: Sequence[str], stride: float) -> float:
+        there = {name: objective.params[name] + stride * away[name] for name in names}
+        try:
+            return value_of(objective.at({**objective.params, **there}), batch)
+        except Exception:  # no index of a table any more, say
+            return math.nan
+
+    def told(names: tuple[str, ...]) -> tuple[str, ...]:
+        if all(abs(displaced(names, stride) - value) <= noise for stride in STRIDES):  # which NaN is not
+            return ()
+        if len(names) <= least:
+            return names
+        half = len(names) // 2
+        return told(names[:half]) + told(names[half:]) or names  # a product of zeros changes with both alone
+
+    return told(tuple(names))
+
+
+def value_of(objective: Objective, batch: Any) -> float:
+    """The total of a batch."""
+    with objective.randomness():
+        return float(objective.total(objective.params, batch).detach())
 
 
 def norm(tensors: Iterable[Tensor]) -> float:

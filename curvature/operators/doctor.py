@@ -105,12 +105,12 @@ def check(
 
     Nothing that is wrong with an objective raises here: it is a finding, and what can no longer be tried is skipped.
     Instead of an objective a function that makes one may be given, so that what making it refuses is a finding too.
-    On the first batch, by at most ten products and four gradients: numbers are finite, the loss repeats and depends on
-    the parameters, every backward can be differentiated, the Hessian is symmetric and agrees with differences of
-    gradients in float64, and which engines work. With `products` (in so many `passes` over the data, as many by
-    default), `losses` and `vectors` to keep, the time and the memory of such work are forecast; `layer_products` and
-    `parameter_products` are those with the block of each layer and of each parameter. Parameters, gradients, buffers,
-    modes and random generators are as before.
+    On the first batch, by at most ten products and four gradients: numbers are finite, the loss repeats, its gradient
+    reaches the parameters (or else losses at other parameters tell whether it depends on them), every backward can be
+    differentiated, the Hessian is symmetric and agrees with differences of gradients in float64, and which engines
+    work. With `products` (in so many `passes` over the data, as many by default), `losses` and `vectors` to keep, the
+    time and the memory of such work are forecast; `layer_products` and `parameter_products` are those with the block of
+    each layer and of each parameter. Parameters, gradients, buffers, modes and random generators are as before.
 
     >>> import torch
     >>> from torch import nn

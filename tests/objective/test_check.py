@@ -6,6 +6,7 @@ import random
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import curvature as cv
+from curvature.objective import check, difference
 
 
 def data(n: int = 16, width: int = 4, classes: int = 3, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -148,17 +150,22 @@ def test_weight_norm_inside_torchscript_is_refused():
 # Losses that are no function of the parameters
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        lambda o, y: o.detach().square().mean(),
-        lambda o, y: torch.tensor(3.0),
-        lambda o, y: y.float().mean(),
-        lambda o, y: (o.argmax(1) == y).float().mean(),
-    ],
-)
+@pytest.mark.parametrize("loss", [lambda o, y: torch.tensor(3.0), lambda o, y: y.float().mean()])
 def test_a_loss_without_the_parameters_is_refused(loss):
-    with pytest.raises(cv.BadObjective, match=r"does not depend on the selected parameters.*no_grad, detach or argmax"):
+    with pytest.raises(
+        cv.BadObjective, match=r"does not depend on the selected parameters\. .*model that is passed in"
+    ):
+        bare(loss).check()
+
+
+@pytest.mark.parametrize(
+    "loss", [lambda o, y: o.detach().square().mean(), lambda o, y: (o.argmax(1) == y).float().mean()]
+)
+def test_a_loss_that_changes_with_parameters_that_no_gradient_reaches_is_refused_in_other_words(loss):
+    words = (
+        r"changes with the selected parameters, but no gradient goes through the loss\. Compute it without detach\(\)"
+    )
+    with pytest.raises(cv.BadObjective, match=words):
         bare(loss).check()
 
 
@@ -167,9 +174,181 @@ def test_parameters_that_do_nothing_are_told():
     module.extra = nn.Linear(2, 2)
     module.forward = lambda x: module[2](module[1](module[0](x)))
     objective = classifier(module)
-    assert objective.check().unused == ("extra.weight", "extra.bias")
+    health = objective.check()
+    assert health.unused == health.idle == ("extra.weight", "extra.bias") and not health.detached
     with pytest.raises(cv.BadObjective, match="does not depend on the selected parameters"):
         classifier(module, select="extra.*").check()
+
+
+# Parameters that no gradient reaches, and with which the loss changes all the same
+
+
+class Cut(nn.Module):
+    """Gradients end between its body and its head; the other layer is called for nothing."""
+
+    def __init__(self, cut: Callable[[Tensor], Tensor], *, extra: bool = False, body: nn.Module | None = None) -> None:
+        super().__init__()
+        self.cut, self.body = cut, body or nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 5))
+        self.head, self.extra = nn.Linear(5, 3), nn.Linear(4, 2) if extra else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.extra is not None:
+            self.extra(x)
+        return self.head(self.cut(self.body(x)))
+
+
+def in_numpy(x: Tensor) -> Tensor:
+    return torch.from_numpy(np.tanh(x.detach().numpy()))
+
+
+def in_silence(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return x.tanh()
+
+
+CUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "detach": lambda x: x.detach(),
+    "data": lambda x: x.data,
+    "no_grad": in_silence,
+    "numpy": in_numpy,
+    "item": lambda x: x.new_tensor([[number.item() for number in row] for row in x]),
+    "argmax": lambda x: F.one_hot(x.argmax(1), 5).to(x.dtype),
+    "sign": lambda x: x.detach().sign(),
+}
+BODY = ("body.0.weight", "body.0.bias", "body.2.weight", "body.2.bias")
+EXTRA = ("extra.weight", "extra.bias")
+
+
+@pytest.mark.parametrize("extra", [(), EXTRA], ids=["alone", "with a layer that does nothing"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cut", CUTS)
+def test_parameters_that_matter_and_get_no_gradient_are_told_from_those_that_do_nothing(cut, dtype, extra):
+    torch.manual_seed(0)
+    health = classifier(Cut(CUTS[cut], extra=bool(extra)), dtype=dtype).check()
+    assert health.unused == BODY + extra and health.detached == BODY and health.idle == extra
+    part = health.narrowed(("body.0.bias", "extra.bias", "head.bias"))
+    assert part.detached == ("body.0.bias",) and part.idle == extra[1:]
+
+
+def test_indices_of_a_table_are_no_derivatives():
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.table = nn.Linear(4, 6), nn.Embedding(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.table(self.router(x).argmax(1))
+
+    assert classifier(Routed()).check().detached == ("router.weight", "router.bias")
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("start", [0.0, -100.0], ids=["zero", "dead"])
+def test_what_changes_nothing_nearby_may_do_so_further_away(start, seed):
+    """A bias of zero has no size to displace it by, and a dead unit hears of one side only, and there not at once."""
+    body, head = nn.Linear(4, 1), nn.Linear(1, 3)
+    nn.init.zeros_(body.weight)
+    nn.init.constant_(body.bias, start)
+    module = Cut(lambda x: x.detach().relu(), body=body)
+    module.head = head
+    assert "body.bias" in classifier(module, seed=seed).check().detached
+
+
+@pytest.mark.parametrize("guard", [lambda x: x, torch.log], ids=["error", "nan"])
+def test_what_can_be_computed_at_the_parameters_only_depends_on_them(guard):
+    class Guarded(Cut):
+        def forward(self, x: Tensor) -> Tensor:
+            distance = (self.body.bias.detach() - 1).square().sum()
+            if guard is not torch.log and distance > 0:
+                raise ValueError("burnt")
+            return self.head(x[:, :1].expand(-1, 5)) + (0 * guard(-distance).exp() if distance > 0 else 0)
+
+    module = Guarded(lambda x: x, body=nn.Linear(4, 5))
+    nn.init.ones_(module.body.bias)
+    health = classifier(module).check()
+    assert health.detached == ("body.bias",) and health.idle == ("body.weight",)
+
+
+def test_two_that_are_zero_and_matter_together_are_told_together():
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (nn.Parameter(torch.zeros(3)) for _ in range(2))
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x) + self.first.detach() * self.second.detach()
+
+    assert classifier(Product()).check().detached == ("first", "second")
+
+
+def test_parameters_that_are_held_fixed_are_not_told():
+    module = Cut(CUTS["detach"], extra=True)
+    assert classifier(module, select="head").check().unused == ()
+    assert classifier(module, select=["head", "extra"]).check().idle == EXTRA
+    assert classifier(module, select=["head", "body.2"]).check().detached == BODY[2:]
+    health = classifier(module)
+    health.check()
+    assert health.narrowed(["head", "body.0"]).check().detached == BODY[:2]
+
+
+def test_a_selection_that_is_all_cut_off_is_refused_with_the_place():
+    module = Cut(CUTS["detach"], extra=True)
+    with pytest.raises(
+        cv.BadObjective, match=r"loss changes with .*, but no gradient goes through body \(Sequential\)"
+    ):
+        classifier(module, select=["body", "extra"]).check()
+    with pytest.raises(cv.BadObjective, match=r"does not depend on .*: no gradient goes through extra \(Linear\)"):
+        classifier(module, select="extra").check()
+
+
+class Passing(torch.autograd.Function):
+    """Rounds, and lets gradients pass as if it did not."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+def test_gradients_that_are_passed_on_reach_the_parameters():
+    module = nn.Sequential(nn.Linear(4, 3), Cut(Passing.apply, body=nn.Linear(3, 5)))
+    objective = classifier(module)
+    examination = check.Examination(objective)
+    for name in ("parameters", "data", "loss", "gradient"):
+        examination.run(check.PROBES[name])
+    assert examination.unused == ()
+
+
+def test_many_parameters_are_told_apart_by_few_losses(monkeypatch):
+    """Neighbours may go together; nothing is computed where gradients reach all."""
+    calls, plain = [], difference.value_of
+
+    def counting(*args):
+        calls.append(1)
+        return plain(*args)
+
+    monkeypatch.setattr(difference, "value_of", counting)
+    body = nn.Sequential(*(layer for _ in range(20) for layer in (nn.Linear(4, 4), nn.LayerNorm(4))), nn.Linear(4, 5))
+    module = Cut(CUTS["detach"], extra=True, body=body)
+    objective = classifier(module)
+    health = objective.check()
+    names = [name for name, _ in module.named_parameters() if name.startswith("body.")]
+    assert len(names) == 82 and set(names) <= set(health.detached) and len(calls) <= 80
+    calls.clear()
+    assert classifier(module, select=["head", "extra"]).check().idle == EXTRA and len(calls) == len(difference.STRIDES)
+    calls.clear()
+    assert classifier(perceptron()).check().unused == () and not calls
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_layers_that_do_nothing_are_not_taken_for_others_where_masks_are_drawn(mode):
+    module = Cut(nn.Dropout(0.5), extra=True, body=nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)))
+    health = classifier(module, mode=mode).check()
+    assert health.idle == health.unused == EXTRA
 
 
 class Restless(nn.Module):

@@ -197,8 +197,8 @@ ILL: dict[str, tuple[Callable[[], cv.Objective], str, str, str]] = {  # objectiv
     "multilabel_margin_loss": (bare(lambda o, y: F.multilabel_margin_loss(o, y[:, None].expand(-1, 3))), "graph", "MultilabelMarginLoss in the loss", "plain torch"),
     "flex_attention": (between(attend, 1, 4, 16, width=64), "gradient", r"FlexAttention does not support backward on CPU.*in the model \(Between\)", "another attention"),
     "in-place sigmoid": (layer(ChangingItsOutput), "gradient", r"inplace operation, in middle \(ChangingItsOutput\)", "x = x + 1"),
-    "no_grad forward": (lambda: classifier(Silent()), "gradient", r"no gradient goes through inner \(Linear\)", "without no_grad"),
-    "argmax": (bare(lambda o, y: (o.argmax(1) == y).float().mean()), "gradient", "does not depend on the selected parameters: no gradient goes through the loss", "argmax"),
+    "no_grad forward": (lambda: classifier(Silent()), "gradient", r"no gradient goes through inner \(Linear\)", "without detach(), no_grad()"),
+    "argmax": (bare(lambda o, y: (o.argmax(1) == y).float().mean()), "gradient", "changes with the selected parameters, but no gradient goes through the loss", "argmax"),
     "weight_norm in TorchScript": (scripted_weight_norm, "graph", "weight_norm inside TorchScript", "eager model"),
     "random loss": (layer(Restless), "loss", "The loss is random", "global generators"),
     "nan in the weights": (with_nan, "parameters", "last.weight has 1 of", "earlier checkpoint"),
@@ -474,7 +474,33 @@ class Forgetting(nn.Module):
 def test_parameters_behind_a_cut_are_a_warning_with_the_place_of_the_cut():
     (warning,) = cv.check(classifier(Between(Forgetting()))).warnings
     assert warning.name == "gradient" and "first.weight, first.bias" in warning.seen
-    assert "No gradient goes through middle (Forgetting)" in warning.seen and "select=" in warning.fix
+    assert "the loss changes with 2 parameters that no gradient reaches" in warning.seen
+    assert warning.seen.endswith("No gradient goes through middle (Forgetting)")
+    assert "take them as constants: remove detach()" in warning.fix and "Leave out" not in warning.fix
+
+
+class Aside(nn.Module):
+    """A layer whose outputs nothing comes of, beside one whose outputs are taken as numbers."""
+
+    def __init__(self, *, taken: bool) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(4, 4), nn.Tanh()) if taken else None
+        self.extra, self.head = nn.Linear(4, 2), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.extra(x)
+        return self.head(x if self.encoder is None else self.encoder(x).detach())
+
+
+def test_layers_that_do_nothing_are_a_warning_of_other_words_than_those_that_are_cut_off():
+    (idle,), (both,) = (cv.check(classifier(Aside(taken=taken))).warnings for taken in (False, True))
+    nothing = "the loss does not depend on 2 parameters: extra.weight, extra.bias"
+    assert nothing in idle.seen and "no gradient reaches" not in idle.seen
+    assert idle.seen.endswith("No gradient goes through extra (Linear)")
+    assert idle.fix.startswith("Leave out what it does not depend on (--exclude, select=)")
+    cut = "the loss changes with 2 parameters that no gradient reaches: encoder.0.weight, encoder.0.bias"
+    assert f"{cut}; {nothing}" in both.seen and both.seen.endswith("No gradient goes through encoder (Sequential)")
+    assert both.fix.startswith("Derivatives take them as constants: remove") and idle.fix in both.fix
 
 
 def test_batch_normalisation_in_training_is_a_warning_and_keeps_its_statistics():
