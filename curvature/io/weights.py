@@ -16,7 +16,8 @@ from os import PathLike
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from curvature.errors import BadFile, UnsafeFile, one_line
 from curvature.io import archive
@@ -120,7 +121,33 @@ def _load_exported(path: str | PathLike[str]) -> nn.Module:
     import torch.export
 
     with open(path, "rb") as file:  # given a path, torch would look at its extension
-        return torch.export.load(file).module()
+        program = torch.export.load(file)
+    # Where the example was a view, torch demands of every input that it is a view of such sizes, too. What is computed
+    # does not depend on that, and data that are read, or copied before the call, are none.
+    program._guards_code = [code for code in program._guards_code if not _LAYOUT.search(code)]
+    return _tied(program.module())
+
+
+_LAYOUT = re.compile(r"\._base\b|\.stride\(\)|\.storage_offset\(\)")
+
+
+def _tied(program: GraphModule) -> GraphModule:
+    """The program, with one object for each of its tied parameters, which are read as several in the same memory.
+
+    Its graph uses one of their names: a parameter that it does not use is tied to the one in its place.
+    """
+    used = {node.target for node in program.graph.nodes if node.op == "get_attr" and node.users}
+    named = program.named_parameters(remove_duplicate=False)
+    in_place = {_place(parameter): parameter for name, parameter in named if name in used}
+    for path, part in program.named_modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if f"{path}.{name}".lstrip(".") not in used:
+                setattr(part, name, in_place.get(_place(parameter), parameter))
+    return program
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _load_distributed(path: str | PathLike[str]) -> Any:

@@ -7,6 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -338,6 +339,82 @@ def test_a_program_for_one_batch_size_is_given_that(curv, task):
     program(task, "large.pt2", 11)
     said = curv("trace", "large.pt2", *PARTS, "--trust")
     assert said.code == 5 and "was exported for batches of 11, but the data are 10 examples." in said.err
+
+
+class Tied(nn.Module):
+    """A small language model whose head is its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.block = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids):
+        return self.head(self.block(self.embedding(ids)))
+
+
+class Recurrent(nn.Module):
+    """Rows through an LSTM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.lstm, self.head = nn.Embedding(7, 4), nn.LSTM(4, 3, batch_first=True), nn.Linear(3, 7)
+
+    def forward(self, ids):
+        return self.head(self.lstm(self.embedding(ids))[0])
+
+
+class Normed(nn.Module):
+    """Batch norm with statistics of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm, self.head = nn.Embedding(7, 4), nn.BatchNorm1d(5), nn.Linear(4, 7)
+        self.norm.running_mean, self.norm.running_var = torch.randn(5), torch.rand(5) + 0.5
+
+    def forward(self, ids):
+        return self.head(self.norm(self.embedding(ids)).tanh())
+
+
+def language() -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and the next ones: views of one tensor."""
+    tokens = torch.randint(7, (6, 6), generator=torch.Generator().manual_seed(0))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def by_name(matrix, params):
+    """Its rows and columns in the order of the names of the parameters: strict programs have one of their own."""
+    sizes = [p.numel() for p in params.values()]
+    places = dict(zip(params, torch.arange(sum(sizes)).split(sizes), strict=True))
+    order = torch.cat([places[name] for name in sorted(params)])
+    return matrix[order][:, order]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["", "dynamic"])
+@pytest.mark.parametrize("make", [Tied, Recurrent, Normed])
+def test_a_program_has_the_curvature_of_its_model(curv, make, dynamic, strict):
+    torch.manual_seed(7)
+    net, (ids, targets) = make().eval().double(), language()
+    shapes = ({0: torch.export.Dim.AUTO},) if dynamic else None
+    torch.export.save(torch.export.export(net, (ids,), dynamic_shapes=shapes, strict=strict), "program.pt2")
+    read = read_module("program.pt2", trust=True)[0]
+    mine, its = (cv.Objective.of(module, "cross-entropy", (ids, targets)) for module in (net, read))
+    assert its.params.keys() == mine.params.keys()  # tied ones once
+    for operator in (cv.hessian, cv.ggn):
+        actual, expected = (by_name(operator(o).dense(), o.params) for o in (its, mine))
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+    np.savez("tokens.npz", x=ids.numpy(), y=targets.numpy())
+    said = curv(
+        *("trace", "program.pt2", "--loss", "cross-entropy", "--data", "tokens.npz", "--trust"),
+        *("--products", mine.space.size, "--format", "json"),
+    )
+    notes = agrees(said, float(cv.hessian(mine).dense().trace()))
+    assert notes == ["curv: ran code of program.pt2, as --trust allows"]
 
 
 @pytest.mark.parametrize("engine", ["retained", "batched", "recomputed", "linearized", "forward"])

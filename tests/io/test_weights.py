@@ -475,6 +475,49 @@ def test_a_trusted_module_computes_what_the_saved_one_did(programs, name):
     assert sum(p.numel() for p in loaded.parameters()) == 8
 
 
+class Shared(nn.Module):
+    """A layer under two names, whose weight is another's, too; and parameters that only lie where it does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.other = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.other.weight, self.again = self.first.weight, self.first
+        self.place, self.turned = nn.Parameter(self.first.weight.data), nn.Parameter(self.first.weight.data.T)
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return self.again(self.other(self.first(x))) @ self.place @ self.turned
+
+
+def test_tied_parameters_of_an_exported_program_are_one_as_they_were(tmp_path):
+    model = Shared()
+    torch.export.save(torch.export.export(model, (torch.zeros(5, 3),)), tmp_path / "shared.pt2")
+    loaded = load_trusted(tmp_path / "shared.pt2")
+    assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in model.named_parameters()]
+    assert same(loaded.state_dict(), model.state_dict())
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(loaded(x), model(x))
+
+
+class Branching(nn.Module):
+    """A model whose exported program is right for batches of more than three alone."""
+
+    def forward(self, x):
+        return x.cos() if x.shape[0] > 3 else x
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_example_that_was_a_view_does_not_bind_other_inputs(tmp_path, strict):
+    shapes, example = ({0: torch.export.Dim.AUTO},), torch.randn(6, 6)[:, :-1]
+    program = torch.export.export(Branching(), (example,), dynamic_shapes=shapes, strict=strict)
+    torch.export.save(program, tmp_path / "view.pt2")
+    loaded, x = load_trusted(tmp_path / "view.pt2"), torch.randn(4, 5)
+    assert torch.equal(loaded(x), x.cos())
+    for wrong in (x[:3], x[:, :4]):  # the guards of sizes stay
+        with pytest.raises(AssertionError, match="Guard failed"):
+            loaded(wrong)
+
+
 @pytest.mark.parametrize("name", [name for name in FILES if name != "legacy.pt"])
 def test_trust_does_not_cover_damage(programs, tmp_path, name):
     whole = bytearray((programs[0] / name).read_bytes())
