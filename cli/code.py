@@ -40,8 +40,9 @@ def resolve(spec: str) -> Any:
     try:
         return operator.attrgetter(name)(module)
     except AttributeError as error:
-        near = difflib.get_close_matches(name, vars(module), n=1)
-        fix = f"Did you mean {place}:{near[0]}?" if near else "Check the name after the colon."
+        own = {n.casefold(): n for n, held in vars(module).items() if n[0] != "_" and not inspect.ismodule(held)}
+        near = difflib.get_close_matches(name.casefold(), own, n=1)
+        fix = f"Did you mean {place}:{own[near[0]]}?" if near else "Check the name after the colon."
         raise Misuse(f"{place} has no {name!r}.", fix) from error
 
 

@@ -221,7 +221,8 @@ def _adjusted(objective: cv.Objective, task: Task, *, loaded: bool = False) -> c
 
 
 def _need_loss_and_data(name: str, task: Task, architecture: bool = False) -> None:
-    """Raise Misuse when the loss or the data are not said; it tells all that is missing, the architecture included."""
+    """Raise Misuse when the loss or the data are not said; it tells all that is missing, the architecture included.
+    ValueError when there is no such loss."""
     missing = [option for option, given in (("--loss", task.loss), ("--data", task.data)) if given is None]
     if missing:
         missing = ["--arch", *missing] if architecture else missing
@@ -230,6 +231,10 @@ def _need_loss_and_data(name: str, task: Task, architecture: bool = False) -> No
             f"{name} says nothing about {told.replace('--', '').replace('arch', 'its architecture')}.",
             f"Pass {told}, or --objective ./file.py:NAME that returns a curvature.Objective.",
         )
+    if not is_spec(str(task.loss)):
+        from curvature.objective.losses import as_loss
+
+        as_loss(task.loss)  # which knows its names
 
 
 def _cut(task: Task) -> dict[str, int]:

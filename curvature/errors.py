@@ -71,6 +71,8 @@ def listing(names: Sequence[object], limit: int = 8) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The kind of an error and the first line of what it says."""
-    first = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {printable(first, 160).rstrip('.')}" if first else type(error).__name__
+    """The kind of an error and the first line of what it says; of TorchScript's, which begin with a traceback, the
+    last."""
+    kind, lines = type(error).__name__, str(error).strip().splitlines() or [""]
+    told = lines[-1 if lines[0].endswith("in the TorchScript interpreter.") else 0].removeprefix(f"{kind}: ")
+    return f"{kind}: {printable(told, 160).rstrip('.')}" if told else kind

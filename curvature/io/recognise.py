@@ -146,9 +146,9 @@ def _head(path: Path) -> tuple[bytes, int]:
 
 def _near_miss(path: Path) -> str:
     """A fix that names a file with almost this name, if there is one."""
-    siblings = os.listdir(path.parent) if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, siblings, n=1)
-    return f"Did you mean {path.parent / printable(near[0])}?" if near else "Check the path."
+    siblings = {Path(name).stem: name for name in sorted(os.listdir(path.parent))} if path.parent.is_dir() else {}
+    near = difflib.get_close_matches(path.stem, siblings, n=1)  # what they end with makes all of them alike
+    return f"Did you mean {path.parent / printable(siblings[near[0]])}?" if near else "Check the path."
 
 
 def _zip_kind(path: Path) -> FileKind:

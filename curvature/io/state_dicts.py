@@ -33,8 +33,9 @@ def state_dict_of(loaded: Any, name: object = "The file") -> tuple[dict[str, Ten
     entries = loaded if isinstance(loaded, Mapping) else {}
     tensors = _named_tensors(entries)
     if not tensors:
-        held = listing(list(entries)) or f"a {type(loaded).__name__}"
-        raise BadFile(f"{name} holds no state_dict, but {held}.", f"To save one {SAVE_WEIGHTS}")
+        kind = f"{'an empty' if isinstance(loaded, Mapping) else 'a'} {type(loaded).__name__}"
+        held = listing(list(entries)) or kind
+        raise BadFile(f"{name} holds no tensors by name, only {held}.", f"To save the weights of a model {SAVE_WEIGHTS}")
     if len(tensors) < len(entries):
         left = [name for name in entries if name not in tensors]
         notes.append(f"left out what is not a tensor: {listing(left)}")

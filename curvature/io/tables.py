@@ -40,7 +40,9 @@ def read_table(path: Path) -> Columns:
     for number, row in enumerate(lines, start=len(rows) - len(lines) + 1):
         if len(row) != len(header):
             raise BadFile(f"Line {number} of {path} has {len(row)} cells, not {len(header)}.", _FIX)
-    return dict(zip(header, map(list, zip(*lines, strict=True)), strict=True)) if lines else {}
+    if not lines:
+        raise BadFile(f"{path} has a header, {listing(header)}, and nothing below it.", _FIX)
+    return dict(zip(header, map(list, zip(*lines, strict=True)), strict=True))
 
 
 def csv_of(columns: Mapping[str, Sequence[Any]]) -> bytes:

@@ -59,7 +59,8 @@ class Replay:
     def raising(self) -> str:
         """Where the forward pass, the backward pass, or the backward pass through that raises."""
         if self.total is None:
-            return self.calls.open[-1].part if self.calls.open else "the loss"
+            outside = "the loss" if self.calls.ended else ""  # or in what is called unseen, as programs are
+            return self.calls.open[-1].part if self.calls.open else outside
         grads = self._gradient
         if grads is not None:
             heads = [g for g in grads if g is not None and g.requires_grad]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from curvature.errors import BadObjective, CurvatureError, NonFinite, TooLarge, listing, one_line
-from curvature.objective.batches import halves, leading, moved, stored_values
+from curvature.objective.batches import arrays, halves, leading, moved, stored_values
 from curvature.objective.blame import REFUSING, Replay, nodes_of
 from curvature.objective.difference import (
     DIFFERENCE,
@@ -40,7 +40,10 @@ STEPPING = 1e-4  # how far off a product may be where a call writes to buffers: 
 TWICE = ("derivative for", "differentiate twice", "double backward")
 CUTS = "detach(), no_grad(), item(), argmax or NumPy"
 HELD = "The batch is a {}: take what it holds, as in {}."
+FLOATS = "Give inputs as floating-point numbers: x.float(), and pictures as x.float() / 255."
 FIXES = {  # words of torch -> what to do
+    "Input type (": FLOATS,
+    "must have the same dtype": FLOATS,
     "modified by an inplace operation": "Do not change its result in place: x = x + 1 for x += 1, inplace=False.",
     "FlexAttention": "Take another attention: attn_implementation='eager', or scaled_dot_product_attention.",
     "unexpected keyword argument": "Call the entries of a dict as the model's forward does, or give (inputs, targets).",
@@ -201,6 +204,12 @@ def _loss(examination: Examination) -> Seen:
     changed = [name for name, buffer in objective.buffers.items() if not torch.equal(buffer, tensors[name])]
     examination.written = [name for name in changed if not name.endswith(RUNNING)]
     if not torch.isfinite(torch.tensor(values)).all():
+        given = [stored_values(t) for t in arrays(batch) if isinstance(t, Tensor)]
+        if count := sum(int((~torch.isfinite(t)).sum()) for t in given):
+            raise NonFinite(
+                f"The loss of the first batch is {values[0]}, and {count} numbers of the batch are not finite.",
+                "Leave these examples out, or fill them in.",
+            )
         where = examination.replay().overflowing()
         raise NonFinite(
             f"The loss of the first batch is {values[0]}{f': it begins in {where}' if where else ''}.",
@@ -241,7 +250,7 @@ def _examples(examination: Examination) -> Seen:
 def _coupled(how: str) -> BadObjective:
     return BadObjective(
         f"The tensors were cut into batches along their first axis, but do not fall into examples there: {how}.",
-        "Pass batch_size=None to take them as one batch, or a list of batches.",
+        "Take them as one batch: batch_size=None, or a --batch-size of all of them. Or pass a list of batches.",
     )
 
 
@@ -446,6 +455,8 @@ def explained(error: Exception, number: int, *, cut: bool = False) -> CurvatureE
         )
     expected = "Check that inputs and targets have the shapes and dtypes they expect"
     if cut and isinstance(error, RuntimeError | IndexError | ValueError):
-        expected += ", with examples along the first axis; of others make one batch: batch_size=None, or [(x, y)]"
+        expected += (
+            ", with examples along the first axis; of others make one batch: batch_size=None, or a --batch-size of all"
+        )
     fix = next((fix for words, fix in FIXES.items() if words in str(error)), f"{expected}.")
     return BadObjective(f"The model or the loss failed on batch {number}: {one_line(error)}.", fix)

@@ -67,6 +67,7 @@ def test_missing_file(refused, weights):
     cause, fix = refused(UNREADABLE, "wieghts.pt", *ARCH, *PARTS)
     assert cause == "There is no file wieghts.pt."
     assert fix == "Did you mean weights.pt?"
+    assert refused(UNREADABLE, "nope.pt", *ARCH, *PARTS)[1] == "Check the path."
     refused(UNREADABLE, "wieghts.pt", *ARCH, *PARTS, "--out", "run")
     refused(UNREADABLE, "nowhere/else.pt", command="inspect")
     refused(UNREADABLE, "wieghts.pt", *OBJECTIVE)
@@ -143,7 +144,7 @@ def test_weights_without_architecture(refused, weights):
 def test_a_file_without_tensors(refused):
     torch.save({"epoch": 3, "loss": 0.1}, "log.pt")
     cause, _ = refused(UNREADABLE, "log.pt", *ARCH, *PARTS)
-    assert cause == "log.pt holds no state_dict, but epoch, loss."
+    assert cause == "log.pt holds no tensors by name, only epoch, loss."
 
 
 def test_an_incomplete_objective(refused, task):
@@ -341,6 +342,19 @@ def test_a_data_set_that_raises(refused):
     assert cause == "Reading batch 2 of the data failed: OSError: disk on fire."
 
 
+def test_pictures_that_are_whole_numbers(refused):
+    np.savez("bytes.npz", x=np.zeros((10, 3), np.uint8), y=np.zeros(10, int))
+    cause, fix = refused(UNFIT, "./task.py:stock", "--loss", "cross-entropy", "--data", "bytes.npz")
+    assert "must have the same dtype" in cause and "pictures as x.float() / 255" in fix
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_the_cause_of_a_failing_program_is_told(curv):
+    torch.jit.trace(torch.nn.Linear(7, 2), torch.ones(1, 7)).save("program.pt")
+    said = curv("trace", "program.pt", "--trust", *PARTS)
+    assert said.code == UNFIT and "mat1 and mat2 shapes cannot be multiplied (10x3 and 7x2).\n" in said.err
+
+
 def test_data_that_can_be_read_only_once(refused):
     code_of("once.py", "def rows(): return (pair for pair in [data()])\n")
     cause, _ = refused(UNFIT, "./task.py:stock", "--loss", "cross-entropy", "--data", "./once.py:rows")
@@ -422,7 +436,7 @@ def test_weights_that_are_not_finite(refused, task, value):
 
 
 def test_inputs_that_are_not_finite(refused):
-    for row, words in ((0, "The loss of the first batch is nan"), (9, "not finite")):
+    for row, words in ((0, "is nan, and 1 numbers of the batch are not finite"), (9, "not finite")):
         x = np.ones((10, 3), np.float32)
         x[row, 1] = np.nan
         np.savez("nan.npz", x=x, y=np.zeros(10, int))
@@ -464,9 +478,12 @@ def test_memory_that_does_not_suffice(refused):
         ([*OBJECTIVE, "--arch", "./task.py:stock"], "MODEL brings its own model and loss."),
         (["./task.py:stock"], "says nothing about loss and data"),
         (["./task.py:stock", "--loss", "mse"], "says nothing about data"),
+        (["./task.py:stock", "--loss", "cross_entropy", "--data", "train.npz"], "Did you mean cross-entropy?"),
         (["./task.py:stock", *PARTS, "--arch", "./task.py:Net"], "is code, which brings its own model"),
         (["--objective", "./tsk.py:make"], "There is no file ./tsk.py."),
         (["--objective", "./task.py:mkae"], "Did you mean ./task.py:make?"),
+        (["--objective", "./task.py:NN"], "Check the name after the colon."),  # and no module that is imported there
+        (["--objective", "./task.py:net"], "Did you mean ./task.py:Net?"),
         (["--objective", "./task.py"], "names no code"),
         (["--objective", "./task.py:make()"], "names no code"),
         ([*OBJECTIVE, "--products", "1"], "at least 2 products"),

@@ -494,7 +494,7 @@ def test_targets_that_are_no_whole_numbers_are_regressed_on(task):
         ("a,y\nx1,2\n", r"has 'x1' in column a, which is no number\."),
         ("a,y\n,2\n", r"has '' in column a, which is no number\."),
         ("y\n1\n", r"has 1 columns, of which one would be the target"),
-        ("a,y\n", r"has 0 columns"),
+        ("a,y\n", r"has a header, a, y, and nothing below it"),
         ('a,y\n"1,2\n', r"is no table: unexpected end of data"),
         ('{"a": 1, "y": 2}\n{"a": 1}\n', r"is no table: line 2 has other keys than the first"),
         ('{"a": 1,\n', r"is no table: "),

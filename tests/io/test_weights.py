@@ -654,7 +654,7 @@ def test_state_dicts_are_found_in_their_wrappings(loaded, notes):
 def test_a_wrapping_of_itself_ends():
     endless = {}
     endless["model"] = endless
-    with pytest.raises(BadFile, match="holds no state_dict, but model"):
+    with pytest.raises(BadFile, match="holds no tensors by name, only model"):
         state_dict_of(endless)
 
 
@@ -667,14 +667,14 @@ def test_names_that_only_look_wrapped_are_kept():
     "loaded, held",
     [
         ({"epoch": 3, "lr": 0.1}, r"epoch, lr"),
-        ({}, "a dict"),
+        ({}, "an empty dict"),
         ([torch.ones(1)], "a list"),
         (torch.ones(1), "a Tensor"),
-        ({"model": {}}, "a dict"),
+        ({"model": {}}, "an empty dict"),
     ],
 )
 def test_what_holds_no_state_dict_is_told(loaded, held):
-    with pytest.raises(BadFile, match=rf"holds no state_dict, but {held}\. To save one use"):
+    with pytest.raises(BadFile, match=rf"holds no tensors by name, only {held}\. To save the weights of a model use"):
         state_dict_of(loaded)
 
 

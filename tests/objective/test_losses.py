@@ -330,7 +330,6 @@ class Huberish:
         (F.gaussian_nll_loss, "gaussian_nll_loss takes three arguments. Use curvature.GaussianNLL"),
         (nn.L1Loss(reduction="sum"), r"L1Loss\(\) is not a mean over examples. Use reduction='mean'"),
         (nn.NLLLoss(weight=torch.ones(3)), r"NLLLoss\(\) is not a mean over examples"),
-        ("nll", "There is no loss called 'nll'. The names are cross-entropy, kl, bce, mse, "),
         (nn.CrossEntropyLoss, "CrossEntropyLoss is no loss. Give a name, a loss such as"),
         (cv.CrossEntropy, "CrossEntropy is no loss"),
         (None, "NoneType is no loss"),
@@ -340,6 +339,13 @@ class Huberish:
 def test_what_is_no_loss(loss, words):
     with pytest.raises(cv.BadObjective, match=words):
         as_loss(loss)
+
+
+def test_names_of_losses_that_there_are_none_of():
+    with pytest.raises(ValueError, match=r"There is no loss called 'nll'. The names are cross-entropy, kl, bce, mse, "):
+        as_loss("nll")
+    with pytest.raises(ValueError, match=r"Did you mean cross-entropy\?"):
+        as_loss("cross_entropy")
 
 
 CRITERIA = {  # any function of outputs and targets: what it computes, and what it says when asked for a GGN

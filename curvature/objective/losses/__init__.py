@@ -124,12 +124,12 @@ INSTEAD |= {
 
 def as_loss(loss: Any) -> Loss:
     """A Loss from a Loss, a name such as "cross-entropy" or "mse", an `nn.*Loss` module, or a function of (outputs,
-    targets); BadObjective for what is none of these, or is not a mean."""
+    targets); ValueError for another name, BadObjective for what is none of these, or is not a mean."""
     if isinstance(loss, str):
         if loss not in NAMES:
             near = difflib.get_close_matches(loss, NAMES, n=1)
             guess = f"Did you mean {near[0]}? " if near else ""
-            raise BadObjective(f"There is no loss called {loss!r}.", f"{guess}The names are {', '.join(NAMES)}.")
+            raise ValueError(f"There is no loss called {loss!r}. {guess}The names are {', '.join(NAMES)}.")
         return NAMES[loss]()
     given: Any = loss
     kind = given if inspect.isroutine(given) else type(given)  # exactly: a subclass may compute something else
