@@ -15,6 +15,8 @@ Options = dict[str, Any]  # of a command line
 Plan = dict[str, int]  # the arguments of `curvature.check`
 
 GRADIENT = 3  # losses that take as long
+USUAL = 10  # steps to eigenvalues that stand out, of trained and untrained models of all kinds; and one more for each
+ENDS = 80  # to the largest and the smallest one, vector by vector: the latter is among many
 
 
 def plan_of(command: str) -> Plan:
@@ -33,12 +35,16 @@ def _products(products: int, passes: int | None = None, *, vectors: int = 0) -> 
     return {"products": products, "passes": products if passes is None else passes, "vectors": vectors}
 
 
-def _eig(k: int, method: str = "auto", max_steps: int | None = None, block: int | None = None) -> Plan:
-    """At most so much: eigenvalues that are apart take far fewer steps."""
-    steps = max_steps or (30 if method == "krylov" else 200)
-    width = block or (k + 2 if method == "krylov" else 4)
-    vectors = steps * width if method == "krylov" else max(3 * k, 24) + 5 * width
-    return _products(steps * width, steps, vectors=vectors)
+def _eig(
+    k: int, method: str = "lanczos", max_steps: int | None = None, block: int | None = None, which: str = "largest"
+) -> Plan:
+    """The steps that the largest usually take, and all that there may be for the smallest, which are among many; room
+    for all in any case."""
+    krylov = method == "krylov"
+    most = max_steps or (30 if krylov else 200)
+    steps = most if which in ("smallest", "both") else min(most, USUAL if krylov else USUAL + k)
+    width = block or (k + 2 if krylov else 4)
+    return _products(steps * width, steps, vectors=most * width if krylov else max(3 * k, 24) + 5 * width)
 
 
 def _spectrum(options: Options) -> Plan:
@@ -109,23 +115,29 @@ def _report(options: Options) -> Plan:
     """Of each question that it asks."""
     from curvature.reporting.report import QUESTIONS
 
-    sums, eig = _products(options["products"]), _eig(options["k"])
+    asked = _checked(options["question"], QUESTIONS)
+    sums, eig, one = _products(options["products"]), _eig(options["k"]), _eig(1, block=1)
     plans = {
         "health": _products(10),
         "spectrum": _spectrum({**options, "keep": "device"}),
         "eigenvalues": eig,
-        "layers": _of_blocks(_eig(1), "layer"),
+        "layers": _of_blocks(one, "layer"),
         "traces": _of_blocks(sums, "layer"),
-        "gradient": {"losses": 2 * GRADIENT},
-        "rates": _together(_eig(1), _eig(1), {"losses": GRADIENT}),
+        "gradient": _together({} if "eigenvalues" in asked else eig, {"losses": 2 * GRADIENT}),
+        "rates": _together(one, one, {"losses": 5 * GRADIENT}),  # errors and second moment take a pass each
         "sharpness": _measures((), options),
-        "landscape": _together(_eig(2), {"losses": options["points"] ** 2}),
+        "landscape": _together(_eig(2, which="both", max_steps=ENDS, block=1), {"losses": options["points"] ** 2}),
     }
-    return _together(*(plans[name] for name in _checked(options["question"], QUESTIONS)))
+    return _together(*(plans[name] for name in asked))
 
 
 def _landscape(options: Options) -> Plan:
-    return {"losses": (options["points"] or (101 if options["axes"] == "1" else 51)) ** int(options["axes"])}
+    """The points, and the directions where these are eigenvectors."""
+    from curvature.probes.landscape import POINTS
+
+    axes = int(options["axes"])
+    losses = {"losses": (options["points"] or POINTS[axes]) ** axes}
+    return _together(_eig(axes, which="both"), losses) if options["directions"] == "hessian" else losses
 
 
 def _asked(options: Options, *names: str) -> dict[str, Any]:
@@ -142,7 +154,7 @@ def _checked(names: Sequence[str], known: Iterable[str]) -> Sequence[str]:
 
 PLANS: dict[str, Callable[[Options], Plan]] = {  # by command
     "spectrum": lambda o: _of_blocks(_spectrum(o), o["by"]),
-    "eig": lambda o: _of_blocks(_eig(**_asked(o, "k", "method", "max_steps", "block")), o["by"]),
+    "eig": lambda o: _of_blocks(_eig(**_asked(o, "k", "method", "max_steps", "block", "which")), o["by"]),
     "trace": lambda o: _of_blocks(_products(o["goal"].products, vectors=o["goal"].products), o["by"]),
     "diag": lambda o: _products(o["goal"].products, vectors=o["goal"].products),
     "ihvp": lambda o: _products(o["max_steps"], vectors=5),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from curvature.errors import listing, printable
-from curvature.result import Cost, Origin, Part, Quantity, Result
+from curvature.result import Origin, Part, Quantity, Result
 
 WIDTHS = 13, 13, 34  # of the columns of the table
 HASH = 12  # characters of one that are shown
@@ -184,18 +184,8 @@ def compare(
         level=level,
         left_out=tuple(sorted(own.keys() ^ others.keys())),
         complete=first.complete and second.complete,
-        cost=_both(first.cost, second.cost),
+        cost=first.cost + second.cost,
         origin=Origin(question="compare", options={"level": level, "labels": list(labels)}, seed=None, operator=both),
-    )
-
-
-def _both(first: Cost, second: Cost) -> Cost:
-    """What two measurements took together."""
-    return Cost(
-        products=first.products + second.products,
-        passes=first.passes + second.passes,
-        seconds=first.seconds + second.seconds,
-        peak_bytes=max(first.peak_bytes, second.peak_bytes),
     )
 
 

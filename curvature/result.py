@@ -43,6 +43,15 @@ class Cost:
     seconds: float = 0.0
     peak_bytes: int = 0
 
+    def __add__(self, other: Cost) -> Cost:
+        """Of one measurement after the other."""
+        return Cost(
+            products=self.products + other.products,
+            passes=self.passes + other.passes,
+            seconds=self.seconds + other.seconds,
+            peak_bytes=max(self.peak_bytes, other.peak_bytes),
+        )
+
     def __str__(self) -> str:
         passes = f"{self.passes} passes over the data, " if self.passes else ""
         return f"{self.products} products, {passes}{self.seconds:.1f} s, peak {self.peak_bytes / 2**20:.0f} MiB"

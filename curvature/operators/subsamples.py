@@ -171,9 +171,4 @@ def _mean(values: Float[Tensor, "b ..."], shares: Float[Tensor, "b ..."]) -> tup
 
 def _total(costs: list[Cost]) -> Cost:
     """Passes are over single batches, which together are one."""
-    return Cost(
-        products=sum(cost.products for cost in costs),
-        passes=max(cost.passes for cost in costs),
-        seconds=sum(cost.seconds for cost in costs),
-        peak_bytes=max(cost.peak_bytes for cost in costs),
-    )
+    return replace(sum(costs, Cost()), passes=max(cost.passes for cost in costs))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from curvature.diagnostics.stability import stable_learning_rates
 from curvature.diagnostics.subspace import gradient_share
@@ -28,7 +28,10 @@ from curvature.probes.sharpness import sharpness
 from curvature.progress import Progress, Run
 from curvature.result import Quantity, Result
 
+R = TypeVar("R", bound=Result)
+
 RTOL = 1e-3  # of eigenvalues
+SINGLE: Any = {"block": 1, "max_steps": 800}  # of few eigenvalues blocks of 4 take thrice the products
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -109,7 +112,7 @@ def _eigenvalues(s: Setting, run: Run | None) -> Eigenpairs:
 
 
 def _layers(s: Setting, run: Run | None) -> Result:
-    return by_layer(eigsh, s.hessian, k=1, rtol=RTOL, seed=s.seed, run=run)
+    return by_layer(eigsh, s.hessian, k=1, rtol=RTOL, seed=s.seed, run=run, **SINGLE)
 
 
 def _traces(s: Setting, run: Run | None) -> Result:
@@ -117,8 +120,10 @@ def _traces(s: Setting, run: Run | None) -> Result:
 
 
 def _gradient(s: Setting, run: Run | None) -> Result:
-    pairs = s.answers.get("eigenvalues")
-    return gradient_share(s.objective, pairs if isinstance(pairs, Eigenpairs) else _eigenvalues(s, run))
+    if isinstance(pairs := s.answers.get("eigenvalues"), Eigenpairs):
+        return gradient_share(s.objective, pairs)
+    pairs = _pairs(s, run, s.k)
+    return _after(pairs, gradient_share(s.objective, pairs))
 
 
 def _rates(s: Setting, run: Run | None) -> Result:
@@ -130,8 +135,22 @@ def _sharpness(s: Setting, run: Run | None) -> Result:
 
 
 def _plane(s: Setting, run: Run | None) -> Result:
-    ends = eigsh(s.hessian, min(2, s.objective.space.size), which="both", rtol=RTOL, seed=s.seed)
-    return plane(s.objective, ends, points=s.points, run=run)
+    ends = _pairs(s, run, 2, which="both", **SINGLE)
+    return _after(ends, plane(s.objective, ends, points=s.points, run=run))
+
+
+def _pairs(s: Setting, run: Run | None, k: int, **options: Any) -> Eigenpairs:
+    """For a question that is about something else: all or none."""
+    part = None if run is None else run.part("pairs")
+    try:
+        return eigsh(s.hessian, min(k, s.objective.space.size), rtol=RTOL, seed=s.seed, run=part, **options)
+    except Interrupted as stop:
+        raise KeyboardInterrupt from stop
+
+
+def _after(pairs: Eigenpairs, result: R) -> R:
+    """The result with the cost of the pairs that were found for it."""
+    return replace(result, cost=pairs.cost + result.cost)
 
 
 QUESTIONS: dict[str, Question] = {

@@ -128,13 +128,17 @@ def test_warnings_are_counted_and_end_well(curv, folder):
     [
         ("spectrum", {"products": 640, "passes": 80, "vectors": 648}),
         ("spectrum --probes 4 --steps 10 --keep nowhere", {"products": 40, "passes": 10, "vectors": 12}),
-        ("eig", {"products": 800, "passes": 200, "vectors": 44}),
+        ("eig", {"products": 52, "passes": 13, "vectors": 44}),
+        ("eig --max-steps 5", {"products": 20, "passes": 5, "vectors": 44}),
+        ("eig --which both", {"products": 800, "passes": 200, "vectors": 44}),
+        ("eig -k 5 --method krylov", {"products": 70, "passes": 10, "vectors": 210}),
         ("eig -k 5 --method krylov --max-steps 6", {"products": 42, "passes": 6, "vectors": 42}),
         ("trace --products 50", {"products": 50, "passes": 50, "vectors": 50}),
         ("diag", {"products": 32, "passes": 32, "vectors": 32}),
         ("ihvp --max-steps 7", {"products": 7, "passes": 7, "vectors": 5}),
         ("landscape", {"losses": 51**2}),
         ("landscape --axes 1 --points 9", {"losses": 9}),
+        ("landscape --directions hessian", {"products": 800, "passes": 200, "losses": 51**2, "vectors": 44}),
         ("roughness --directions 6 --steps 4", {"losses": 30, "vectors": 6}),
         ("path a.pt b.pt --points 7", {"losses": 7}),
         ("spectrum --by layer", {"products": 0, "layer_products": 640, "passes": 80, "vectors": 648}),
@@ -150,11 +154,16 @@ def test_warnings_are_counted_and_end_well(curv, folder):
         ),
         (
             "report --question eigenvalues --question landscape --points 3",
-            {"products": 1600, "passes": 400, "losses": 9, "vectors": 50},
+            {"products": 160, "passes": 100, "losses": 9, "vectors": 50},
         ),
         (
-            "report --question traces --question gradient",
-            {"products": 0, "layer_products": 32, "passes": 32, "losses": 6, "vectors": 0},
+            "report --question layers --question traces",
+            {"products": 0, "layer_products": 43, "passes": 43, "vectors": 29},
+        ),
+        ("report --question gradient -k 5", {"products": 60, "passes": 15, "losses": 6, "vectors": 44}),
+        (
+            "report --question eigenvalues --question gradient -k 5",
+            {"products": 60, "passes": 15, "losses": 6, "vectors": 44},
         ),
     ],
 )

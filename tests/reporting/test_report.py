@@ -33,10 +33,18 @@ def test_the_answers_are_those_of_each_question(whole):
     assert torch.equal(whole["gradient"].value, cv.gradient_share(objective, pairs).value)
     assert torch.equal(whole["rates"].value, cv.stable_learning_rates(objective).value)
     assert torch.equal(whole["traces"]["0"].value, cv.by_layer(cv.trace, H, products=8)["0"].value)
-    assert float(whole["layers"]["0"].values) == float(cv.by_layer(cv.eigsh, H, k=1, rtol=1e-3)["0"].values)
-    ends = cv.eigsh(H, 2, which="both", rtol=1e-3)
+    assert float(whole["layers"]["0"].values) == float(cv.by_layer(cv.eigsh, H, k=1, rtol=1e-3, block=1)["0"].values)
+    ends = cv.eigsh(H, 2, which="both", rtol=1e-3, block=1)
     assert torch.equal(whole["landscape"].loss, cv.plane(objective, ends, points=3).loss)
     assert whole.quantities()["eigenvalues.lambda_max"].value == float(pairs.values[0])
+
+
+def test_what_is_found_once_is_counted_once(whole):
+    pairs, landscape = whole["eigenvalues"].cost.products, whole["landscape"].cost.products
+    alone = cv.report(CASE.objective((4, 5)), questions=("gradient",), **SMALL)
+    assert pairs == alone["gradient"].cost.products > 0 and whole["gradient"].cost.products == 0
+    assert landscape > 0 and alone["gradient"].cost.passes > whole["gradient"].cost.passes
+    assert whole.cost.products == sum(result.cost.products for result in whole.results)
 
 
 def test_a_page_is_well_formed_and_loads_nothing(whole):
@@ -114,6 +122,20 @@ def test_an_interrupt_keeps_what_there_is():
         cv.report(CASE.objective(), questions=("eigenvalues", "traces"), run=cv.Run(progress=stop), **SMALL)
     found = caught.value.result
     assert not found.complete and "eigenvalues" in found.names and "Interrupted" in found.page()
+
+
+@pytest.mark.parametrize("question", ["gradient", "landscape"])
+def test_eigenpairs_on_the_way_are_no_answer(question, tmp_path):
+    def stop(progress: cv.Progress) -> None:
+        raise KeyboardInterrupt
+
+    run = cv.Run(progress=stop, checkpoint=tmp_path / "kept")
+    with pytest.raises(cv.Interrupted) as caught:
+        cv.report(CASE.objective(), questions=(question,), run=run, **SMALL)
+    assert caught.value.result.names == () and (tmp_path / f"kept.{question}.pairs").exists()
+    again = cv.report(CASE.objective(), questions=(question,), run=cv.Run(checkpoint=tmp_path / "kept"), **SMALL)
+    once = cv.report(CASE.objective(), questions=(question,), **SMALL)
+    assert again.quantities() == once.quantities() and again.cost.products == once.cost.products
 
 
 def test_a_checkpoint_gives_the_same_bits(whole, tmp_path):
