@@ -64,6 +64,7 @@ def as_script(spec: str | None) -> Iterator[None]:
 def _imported(spec: str) -> Any:
     """The module in which `spec` is."""
     from curvature.errors import BadObjective, one_line
+    from curvature.io.recognise import near_miss
 
     place = spec.rpartition(":")[0]
     if not is_spec(spec):
@@ -71,10 +72,12 @@ def _imported(spec: str) -> Any:
     import_from_here()
     is_file = "/" in place or place.endswith(".py")
     if is_file and not Path(place).is_file():
-        raise Misuse(f"There is no file {place}.", "Check the path before the colon.")
+        raise Misuse(f"There is no file {place}.", near_miss(Path(place)))
     try:
         return _from_file(Path(place)) if is_file else importlib.import_module(place)
     except (Exception, SystemExit) as error:  # the user's own code can raise anything, or parse our options
+        if isinstance(error, ModuleNotFoundError) and f"{place}.".startswith(f"{error.name}."):
+            raise Misuse(f"There is no module {place} here.", "Install it, or name a file: ./file.py:name.") from error
         raise BadObjective(
             f"Importing {place} failed: {one_line(error)}.", "Run it with python to see where."
         ) from error
@@ -84,23 +87,47 @@ def called(spec: str, arguments: tuple[str, ...] = (), given: Mapping[str, Any] 
     """What the code at `spec` returns when called with name=value arguments, and with those of `given` that its
     signature names; objects that are no code as they are."""
     import curvature as cv
-    from curvature.errors import one_line
+    from curvature.errors import one_line, printable
 
     made = resolve(spec)
     if not callable(made) or isinstance(made, cv.Objective) or _is_module(made):
+        if arguments:
+            raise Misuse(f"{spec} is a {type(made).__name__}, which takes no --arch-arg.", "Name what makes it.")
         return made
     pairs = [argument.partition("=") for argument in arguments]
     for name, equals, _ in pairs:
         if not (name and equals):
             raise Misuse(f"--arch-arg {name}{equals} is not of the form name=value.", "Write --arch-arg hidden=32.")
     own = {name: _literal(value) for name, _, value in pairs}
+    taken = {**_taken(made, given, own), **own}
+    _check_arguments(spec, made, taken)
     try:
-        return made(**_taken(made, given, own), **own)
+        return made(**taken)
     except cv.CurvatureError:
         raise
     except (Exception, SystemExit) as error:  # the user's own code can raise anything
+        told = ", ".join(f"{name}={value!r}" for name, value in taken.items())
         raise cv.BadObjective(
-            f"Calling {spec} failed: {one_line(error)}.", "Run it with python to see where."
+            f"Calling {spec}{told and f'({printable(told)})'} failed: {one_line(error)}.",
+            f"{'Check these values, or r' if taken else 'R'}un it with python to see where.",
+        ) from error
+
+
+def _check_arguments(spec: str, made: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Raise Misuse when the code has no such arguments, or more that must be given."""
+    from curvature.errors import listing
+
+    try:
+        signature = inspect.signature(made)
+    except (ValueError, TypeError):  # builtins need not tell theirs
+        return
+    try:
+        signature.bind(**given)
+    except TypeError as error:
+        names = listing(list(signature.parameters)) or "no arguments"
+        raise Misuse(
+            f"{spec} takes {names}, and cannot be called: {error}.",
+            "Give arguments of --arch as --arch-arg name=value, and others a default.",
         ) from error
 
 

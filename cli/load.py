@@ -206,7 +206,7 @@ def _from_made(made: Any, name: str, task: Task, data: Any) -> cv.Objective:
 def _adjusted(objective: cv.Objective, task: Task, *, loaded: bool = False) -> cv.Objective:
     """An objective that came whole, with what the options change of it."""
     if task.loss is not None or (task.arch is not None and not loaded):
-        raise Misuse("MODEL brings its own model and loss.", "Leave --loss and --arch out.")
+        raise Misuse("MODEL brings its own model and loss.", "Leave --loss and --arch out, or name another MODEL.")
     if task.batch_size is not None and task.data is None:
         raise Misuse("MODEL brings its own batches.", "Give --batch-size together with --data.")
     if task.params or task.exclude:

@@ -75,4 +75,4 @@ def one_line(error: BaseException) -> str:
     last."""
     kind, lines = type(error).__name__, str(error).strip().splitlines() or [""]
     told = lines[-1 if lines[0].endswith("in the TorchScript interpreter.") else 0].removeprefix(f"{kind}: ")
-    return f"{kind}: {printable(told, 160).rstrip('.')}" if told else kind
+    return f"{kind}: {printable(told.rstrip('.'), 160)}" if told else kind

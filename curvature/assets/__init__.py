@@ -10,7 +10,6 @@ from torch import nn
 
 from curvature.assets import data, models
 from curvature.assets.make import TRAINING_DIGITS
-from curvature.errors import BadObjective
 from curvature.objective.losses.classification import CrossEntropy
 from curvature.objective.objective import Objective
 
@@ -29,7 +28,7 @@ def demo(name: str = "digits", *, dtype: torch.dtype | None = None) -> Objective
 def weights(name: str) -> Path:
     """The safetensors file with the trained weights of a demo."""
     if name not in WEIGHTS:
-        raise BadObjective(f"There is no demo called {name!r}.", f"The demos are {', '.join(WEIGHTS)}.")
+        raise ValueError(f"There is no demo called {name!r}. The demos are {', '.join(WEIGHTS)}.")
     return Path(str(files("curvature.assets"))) / f"{WEIGHTS[name]}.safetensors"
 
 

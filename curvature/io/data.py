@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curvature.errors import BadFile
+from curvature.errors import BadFile, one_line
 from curvature.io.archive import EXPANSION, GROWTH
 from curvature.io.recognise import is_text
 from curvature.io.tables import arrays_of, read_table
@@ -38,6 +38,8 @@ def read_data(path: str | Path, *, target: str | None = None, numbers: bool = Fa
     path = Path(path)
     if is_text(path):
         return arrays_of(read_table(path), target, path, numbers=numbers)
+    if path.is_dir():
+        raise BadFile(f"{path} is a folder, not a file of data.", "Give a .npz, safetensors, torch.save or CSV file.")
     if target is not None:
         raise ValueError(f"A target is a column of a table in text, which {path} is not.")
     held = _read_npz(path) if _is_npz(path) else read_tensors(path)
@@ -74,5 +76,6 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except (ValueError, OSError, TypeError, zipfile.BadZipFile) as error:
         raise BadFile(
-            f"{path} cannot be read as numeric arrays: {error}.", "Write it again with numpy.savez, of numbers only."
+            f"{path} cannot be read as numeric arrays: {one_line(error)}.",
+            "Write it again with numpy.savez, of numbers only.",
         ) from error

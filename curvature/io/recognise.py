@@ -46,7 +46,9 @@ _HEADER_LIMIT = 100_000_000  # of the safetensors format
 _HEAD = 1024
 _LFS, _PAGES = b"version https://git-lfs", (b"<!doctype html", b"<html")
 _EXTENSIONS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pt2")  # only to suggest a file
-_SAVE_TENSORS = "Give a file made by torch.save(model.state_dict(), path) or by safetensors."
+_SAVE_TENSORS = (
+    "Give a file made by torch.save(model.state_dict(), path) or safetensors; for data also by np.savez or as CSV."
+)
 _NUMPY = b"\x93NUMPY"
 _OTHER_FORMATS = {
     _NUMPY: "a NumPy array",
@@ -136,7 +138,7 @@ def _head(path: Path) -> tuple[bytes, int]:
         with open(path, "rb") as file:
             head = file.read(_HEAD)
     except FileNotFoundError as error:
-        raise BadFile(f"There is no file {path}.", _near_miss(path)) from error
+        raise BadFile(f"There is no file {path}.", near_miss(path)) from error
     except OSError as error:
         raise BadFile(f"{path} cannot be read: {error.strerror}.", "Check its permissions.") from error
     if not head:
@@ -144,11 +146,12 @@ def _head(path: Path) -> tuple[bytes, int]:
     return head, status.st_size
 
 
-def _near_miss(path: Path) -> str:
+def near_miss(path: Path) -> str:
     """A fix that names a file with almost this name, if there is one."""
-    siblings = {Path(name).stem: name for name in sorted(os.listdir(path.parent))} if path.parent.is_dir() else {}
-    near = difflib.get_close_matches(path.stem, siblings, n=1)  # what they end with makes all of them alike
-    return f"Did you mean {path.parent / printable(siblings[near[0]])}?" if near else "Check the path."
+    siblings = os.listdir(path.parent) if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, siblings)
+    near = [name for name in close if difflib.get_close_matches(path.stem, [Path(name).stem])]  # .npz makes all alike
+    return f"Did you mean {path.parent / printable(near[0])}?" if near else "Check the path."
 
 
 def _zip_kind(path: Path) -> FileKind:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -29,6 +30,8 @@ def read_shards(path: str | PathLike[str], read: Callable[[Path], Any]) -> dict[
         raise BadFile(f"{index} does not say which tensor is in which file of its folder.", AGAIN)
     tensors: dict[str, Tensor] = {}
     for shard in dict.fromkeys(places.values()):
+        if not os.path.lexists(index.parent / shard):
+            raise BadFile(f"There is no file {index.parent / shard}, which {index.name} names.", AGAIN)
         if recognise(index.parent / shard) is FileKind.SHARDS:  # which could be this one
             raise BadFile(f"{index} names {printable(shard)}, which is no file of weights.", AGAIN)
         held = read(index.parent / shard)

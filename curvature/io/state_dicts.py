@@ -12,6 +12,7 @@ from curvature.io.safe import SAVE_WEIGHTS
 
 _DEEPEST = 4  # wrappings that are looked through: a pickled dict can contain itself
 _WRAPPINGS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "params", "ema", "model_ema")
+_ONE = "Save the state_dict of the one that you mean."
 _INSERTED = {  # by wrappers of modules, anywhere in a name
     "_orig_mod.": "torch.compile",
     "_fsdp_wrapped_module.": "FullyShardedDataParallel",
@@ -33,9 +34,13 @@ def state_dict_of(loaded: Any, name: object = "The file") -> tuple[dict[str, Ten
     entries = loaded if isinstance(loaded, Mapping) else {}
     tensors = _named_tensors(entries)
     if not tensors:
+        if places := [key for key, held in entries.items() if _named_tensors(held)]:
+            raise BadFile(f"{name} holds tensors in {len(places)} places: {listing(places)}.", _ONE)
         kind = f"{'an empty' if isinstance(loaded, Mapping) else 'a'} {type(loaded).__name__}"
         held = listing(list(entries)) or kind
-        raise BadFile(f"{name} holds no tensors by name, only {held}.", f"To save the weights of a model {SAVE_WEIGHTS}")
+        raise BadFile(
+            f"{name} holds no tensors by name, only {held}.", f"To save the weights of a model {SAVE_WEIGHTS}"
+        )
     if len(tensors) < len(entries):
         left = [name for name in entries if name not in tensors]
         notes.append(f"left out what is not a tensor: {listing(left)}")
@@ -61,7 +66,7 @@ def fitted(
     if len(fits) > 1:
         raise BadFile(
             f"The tensors of {name} fit {type(module).__name__} in {len(fits)} places: {listing(fits)}.",
-            "Save the state_dict of the one that you mean.",
+            _ONE,
         )
     if fits:
         left = [name for name in state_dict if not name.startswith(fits[0])]

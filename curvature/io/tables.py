@@ -75,7 +75,7 @@ def arrays_of(columns: Columns, target: str | None, path: Path, *, numbers: bool
         if (wrong := next((cell for cell in cells if not _is_number(cell)), None)) is not None:
             raise BadFile(
                 f"{path} has {printable(wrong)!r} in column {printable(name)}, which is no number.",
-                "Encode it as numbers, or leave the column out.",
+                "Encode it as numbers, fill in what is missing, or leave the column out.",
             )
     x = torch.tensor([[float(cell) for cell in cells] for cells in inputs.values()]).T.contiguous()
     return x, _targets(targets, numbers)

@@ -19,6 +19,7 @@ from curvature.objective.guard import frozen_randomness
 BATCH = 256  # examples at a time when whole tensors are given: bounds memory
 Cut = int | Literal["auto"] | None  # examples at a time of whole tensors; "auto" is BATCH, None does not cut
 TARGETS = ("labels", "label", "targets", "target", "y")  # the names under which dict batches keep targets
+OWN = "take a loss of (model, batch), by Objective.from_loss or --loss ./file.py:name"
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,7 @@ def split(batch: Any) -> tuple[Any, Any]:
         if name is None:
             raise BadObjective(
                 f"A dict batch has no targets: its keys are {', '.join(map(str, batch))}.",
-                f"Name them {' or '.join(TARGETS[:2])}, in a file also x and y, or use Objective.from_loss.",
+                f"Name them {' or '.join(TARGETS[:2])}, in a file also x and y, or {OWN}.",
             )
         return {key: item for key, item in batch.items() if key != name}, batch[name]
     if isinstance(batch, list | tuple) and len(batch) >= 2:
@@ -285,7 +286,7 @@ def split(batch: Any) -> tuple[Any, Any]:
         return inputs, batch[-1]
     raise BadObjective(
         f"A batch is (inputs, targets), but a {type(batch).__name__} came.",
-        "Give a list of pairs, or one data set as a tuple (inputs, targets), not a list; or use Objective.from_loss.",
+        f"Give a list of pairs, or one data set as a tuple (inputs, targets), not a list; or {OWN}.",
     )
 
 

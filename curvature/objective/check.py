@@ -40,13 +40,25 @@ STEPPING = 1e-4  # how far off a product may be where a call writes to buffers: 
 TWICE = ("derivative for", "differentiate twice", "double backward")
 CUTS = "detach(), no_grad(), item(), argmax or NumPy"
 HELD = "The batch is a {}: take what it holds, as in {}."
-FLOATS = "Give inputs as floating-point numbers: x.float(), and pictures as x.float() / 255."
+TYPES = (  # how torch complains of integers where it takes floating point, or the other way round
+    "Input type (",
+    "input dtype (",
+    "target dtype",
+    "same dtype",
+    "mixed dtype",
+    "scalar type",
+    *(f"not implemented for '{kind}'" for kind in ("Byte", "Int", "Long")),
+)
 FIXES = {  # words of torch -> what to do
-    "Input type (": FLOATS,
-    "must have the same dtype": FLOATS,
+    **dict.fromkeys(
+        TYPES,
+        "Give numbers as floating point, x.float(), pictures as x.float() / 255, and labels or indices as y.long().",
+    ),
     "modified by an inplace operation": "Do not change its result in place: x = x + 1 for x += 1, inplace=False.",
     "FlexAttention": "Take another attention: attn_implementation='eager', or scaled_dot_product_attention.",
-    "unexpected keyword argument": "Call the entries of a dict as the model's forward does, or give (inputs, targets).",
+    "unexpected keyword argument": (
+        "Call the entries of a dict as the model's forward does, or give (inputs, targets), in a file x and y."
+    ),
     "must be Tensor, not dict": HELD.format("dict", "batch['x']"),
     "found type 'dict'": HELD.format("dict", "batch['x']"),
     "must be Tensor, not list": HELD.format("list", "x, y = batch"),
@@ -207,7 +219,7 @@ def _loss(examination: Examination) -> Seen:
         given = [stored_values(t) for t in arrays(batch) if isinstance(t, Tensor)]
         if count := sum(int((~torch.isfinite(t)).sum()) for t in given):
             raise NonFinite(
-                f"The loss of the first batch is {values[0]}, and {count} numbers of the batch are not finite.",
+                f"The loss of the first batch is {values[0]}. Of the numbers in the batch {count} are not finite.",
                 "Leave these examples out, or fill them in.",
             )
         where = examination.replay().overflowing()

@@ -150,6 +150,21 @@ def test_a_missing_file_is_told_with_its_near_miss(tmp_path):
     (tmp_path / "model.pth").touch()
     with pytest.raises(BadFile, match=r"There is no file .*model\.pt\. Did you mean .*model\.pth\?"):
         recognise(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    "name, others, words",
+    [
+        ("tarin.npz", ["train.csv", "train.npz", "train.pt"], r"Did you mean .*train\.npz\?"),
+        ("nope.npz", ["vae.npz", "nets.npz"], r"Check the path\."),
+        ("nowhere/train.npz", ["train.npz"], r"Check the path\."),
+    ],
+)
+def test_what_files_end_with_makes_no_near_miss(tmp_path, name, others, words):
+    for other in others:
+        (tmp_path / other).touch()
+    with pytest.raises(BadFile, match=words):
+        recognise(tmp_path / name)
     with pytest.raises(BadFile, match=r"There is no file .*/absent/x\. Check the path\."):
         recognise(tmp_path / "absent" / "x")
 

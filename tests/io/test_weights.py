@@ -658,6 +658,12 @@ def test_a_wrapping_of_itself_ends():
         state_dict_of(endless)
 
 
+def test_state_dicts_that_are_several_are_told():
+    networks = {"generator": {"weight": torch.ones(1)}, "critic": {"weight": torch.ones(2)}, "epoch": 3}
+    with pytest.raises(BadFile, match=r"holds tensors in 2 places: generator, critic\. Save the state_dict of the one"):
+        state_dict_of(networks)
+
+
 def test_names_that_only_look_wrapped_are_kept():
     loaded = {"module.weight": torch.ones(1), "other.weight": torch.ones(1), "model": torch.ones(1)}
     assert state_dict_of(loaded) == (loaded, [])

@@ -850,6 +850,27 @@ def test_a_batch_size_for_what_has_batches_is_refused():
         cv.Objective.of(Named(), "cross-entropy", batches, batch_size=7)
 
 
+@pytest.mark.parametrize(
+    "layer, inputs",
+    [
+        (nn.Linear(4, 3), torch.ones(6, 4, dtype=torch.uint8)),
+        (nn.Linear(4, 3, bias=False), torch.ones(6, 4, dtype=torch.int64)),
+        (nn.Conv1d(4, 3, 1), torch.ones(6, 4, 1, dtype=torch.uint8)),
+        (nn.Conv1d(4, 3, 1, bias=False), torch.ones(6, 4, 1, dtype=torch.uint8)),
+        (nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3)), torch.ones(6, 4, dtype=torch.int64)),
+        (nn.Sequential(nn.GELU(), nn.Linear(4, 3)), torch.ones(6, 4, dtype=torch.int64)),
+        (nn.Embedding(2, 3), torch.ones(6)),
+    ],
+    ids=lambda value: str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__,
+)
+def test_inputs_of_a_type_that_a_layer_does_not_take(layer, inputs):
+    model = nn.Sequential(layer, nn.Flatten())
+    with pytest.raises(
+        cv.BadObjective, match=r"Give numbers as floating point, x\.float\(\), .* indices as y\.long\(\)"
+    ):
+        cv.Objective.of(model, "cross-entropy", (inputs, torch.arange(6) % 3)).check()
+
+
 def test_what_batches_are_is_told_where_models_take_other_ones():
     """Also of scripted models, which take no hooks that could tell where it was."""
     net = nn.Linear(2, 3)

@@ -413,7 +413,8 @@ def test_targets_are_not_broadcast(shape):
     [
         (torch.zeros(4, 3), [0, 1, 2, 0], "takes a tensor of targets, but a list came"),
         (torch.zeros(4, 3), torch.zeros(4), r"but got outputs \(4, 3\) and torch.float32 targets \(4,\)"),
-        (torch.zeros(4, 3), torch.zeros(5).long(), r"torch.int64 targets \(5,\)"),
+        (torch.zeros(4, 3), torch.zeros(5).long(), r"outputs \(4, 3\) have 4 rows, but the targets \(5,\) have 5\."),
+        (torch.zeros(4, 3), torch.zeros(5, 3), r"outputs \(4, 3\) have 4 rows, but the targets \(5, 3\) have 5\."),
         (torch.zeros(4, 3), torch.zeros(4, 1).long(), r"torch.int64 targets \(4, 1\)"),
         (torch.zeros(4, 3), torch.tensor([0, 3, 1, 2]), "run from 0 to 3, but there are 3 outputs"),
         (torch.zeros(4, 3), torch.tensor([0, -1, 1, 2]), "run from -1 to 2, but there are 3 outputs"),
@@ -460,9 +461,15 @@ def test_what_squared_error_cannot_take(targets):
             "negative entries. Give probabilities, not their log",
         ),
         (cv.PoissonNLL(), torch.zeros(4), torch.full((4,), -1.0), "A count is -1"),
-        (cv.PoissonNLL(), torch.zeros(4), torch.zeros(3), "PoissonNLL takes targets shaped like"),
+        (cv.PoissonNLL(), torch.zeros(4), torch.zeros(4, 1), "PoissonNLL takes targets shaped like"),
         (cv.GaussianNLL(), torch.zeros(4), torch.zeros(4), r"takes outputs \(..., 2\)"),
-        (cv.GaussianNLL(), torch.zeros(4, 2), torch.zeros(3), r"shaped like the outputs \(4,\)"),
+        (cv.GaussianNLL(), torch.zeros(4, 2), torch.zeros(4, 1), r"shaped like the outputs \(4,\)"),
+        (
+            cv.SquaredError(),
+            torch.zeros(4, 2),
+            torch.zeros(3, 2),
+            r"4 rows, but the targets \(3, 2\) have 3\. Give one",
+        ),
     ],
 )
 def test_what_the_others_cannot_take(loss, outputs, targets, words):

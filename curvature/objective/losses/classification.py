@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from curvature.errors import BadObjective
 from curvature.objective.losses.closed import chunked, chunks, total
-from curvature.objective.losses.elements import Over, Uniform, check_elements, count_of, example_axes, one_by_one
+from curvature.objective.losses.elements import (
+    Over,
+    Uniform,
+    check_elements,
+    check_rows,
+    count_of,
+    example_axes,
+    one_by_one,
+)
 
 NARROW = 16  # classes: along a last axis that is shorter, softmax on a CPU takes 7 times as long as along another
 
@@ -186,13 +194,14 @@ class CrossEntropy:
             return fits.pop()
         shapes = f"outputs {tuple(outputs.shape)} and {targets.dtype} targets {tuple(targets.shape)}"
         if fits:
-            raise BadObjective(f"The classes of {shapes} may lie on axis 1 or -1.", "Say CrossEntropy(axis=...).")
-        fix = "Convert class indices with .long(), flatten outputs and targets alike, or use the loss 'mse'."
-        if outputs.ndim and targets.ndim and len(outputs) != len(targets):
-            fix = "Give as many targets as inputs, or flatten outputs and targets alike."
+            raise BadObjective(
+                f"The classes of {shapes} may lie on axis 1 or -1.",
+                "Say CrossEntropy(axis=...), on the command line in the code of --objective.",
+            )
+        check_rows(outputs, targets)
         raise BadObjective(
             f"Cross-entropy takes class indices (integers) or probabilities shaped like the outputs, but got {shapes}.",
-            fix,
+            "Convert class indices with .long(), flatten outputs and targets alike, or use the loss 'mse'.",
         )
 
     def _arranged(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

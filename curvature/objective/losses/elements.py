@@ -18,11 +18,23 @@ def check_elements(loss: str, outputs: Tensor, targets: Any, otherwise: str) -> 
     """Raise BadObjective unless targets are numbers shaped like the outputs: torch would broadcast them silently."""
     if isinstance(targets, Tensor) and targets.shape == outputs.shape:
         return
+    if isinstance(targets, Tensor):
+        check_rows(outputs, targets)
     came = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
     raise BadObjective(
         f"{loss} takes targets shaped like the outputs {tuple(outputs.shape)}, but {came} came.",
         f"Reshape the targets, or {otherwise}.",
     )
+
+
+def check_rows(outputs: Tensor, targets: Tensor) -> None:
+    """Raise BadObjective where there are other numbers of rows in outputs and targets, which do not fit each other."""
+    if outputs.ndim and targets.ndim and len(outputs) != len(targets):
+        raise BadObjective(
+            f"The outputs {tuple(outputs.shape)} have {len(outputs)} rows, but the targets {tuple(targets.shape)} have "
+            f"{len(targets)}.",
+            "Give one target for each row of the inputs, or flatten outputs and targets alike.",
+        )
 
 
 def count_of(targets: Tensor, over: Over) -> Tensor:
