@@ -63,13 +63,13 @@ class Benchmark(Result):
             lost = int((~self.tried[i].isfinite()).sum())
             ends = len(self.lrs) > 2 and lr in (float(self.lrs.min()), float(self.lrs.max()))
             texts = [
-                f"{with_error(final.value, final.stderr, final.dof):<20}",
                 f"lr {lr:.3g}" + (" (at the end of those tried)" if ends else ""),
                 f"{1e3 * float(self.step_seconds[i]):.2g} ms a step",
                 f"state {int(self.state_bytes[i]) / 2**20:.2g} MiB",
                 *([] if not lost else [f"diverged with {lost} of {len(self.lrs)} rates"]),
             ]
-            rows[self.names[i]] = ", ".join([f"loss {texts[0]}".ljust(26), *texts[1:]])
+            loss = f"loss {with_error(final.value, final.stderr, final.dof)},"
+            rows[self.names[i]] = f"{loss:<30} {', '.join(texts)}"
         return rows | ({"left out": "; ".join(self.left_out)} if self.left_out else {})
 
     def quantities(self) -> dict[str, Quantity]:

@@ -120,7 +120,9 @@ def _draw_line(
 def draw_accuracy(ax: Axes, t: np.ndarray, accuracy: Tensor | None, held_out: Tensor | None) -> None:
     """The shares of right answers on an axis of their own, and a legend of all curves where there are several."""
     handles, labels = ax.get_legend_handles_labels()
+    place: dict[str, Any] = {}
     if accuracy is not None:
+        place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 4}  # curves on two axes leave no room inside
         twin = ax.twinx()
         handles += twin.plot(t, accuracy.numpy(), color=ORANGE)
         labels.append("accuracy")
@@ -130,7 +132,7 @@ def draw_accuracy(ax: Axes, t: np.ndarray, accuracy: Tensor | None, held_out: Te
         twin.set_ylabel("accuracy", color=ORANGE)
         twin.set_ylim(-0.02, 1.02)
     if len(handles) > 1:
-        ax.legend(handles, labels, fontsize="small", frameon=False)
+        ax.legend(handles, labels, fontsize="small", frameon=False, **place)
 
 
 def _draw_plane(
@@ -193,4 +195,4 @@ def _draw_run(places: Float[Tensor, "k 2"], ax: Axes, *, color: str, **style: An
 
 def _axis(result: Landscape, place: int) -> str:
     ordinal = ("first", "second")[place]
-    return f"along the {result.names[place]}" if result.names else f"along the {ordinal} direction"
+    return f"along the {result.names[place]}" if result.names else f"along the {ordinal} direction, in its lengths"
