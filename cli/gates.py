@@ -93,18 +93,21 @@ def check(result: cv.Result, gates: Iterable[str]) -> list[str]:
     failed, close, fix = [], [], ""
     for gate in map(Gate.of, gates):
         names = [gate.name] if gate.name in quantities else [n for n in quantities if fnmatchcase(n, gate.name)]
-        if not names:
+        if not names and result.complete:
             raise _unknown(gate.name, list(quantities))
+        if not names:
+            failed.append(f"--fail-on {gate} is not decided: the work ended before there was such a number.")
+            fix = MORE
         for name in names:
             quantity = quantities[name]
-            told, open = gate.told(name, quantity), gate.open(quantity)
+            told, unsure = gate.told(name, quantity), gate.open(quantity)
             if gate.holds(quantity):
                 failed.append(f"--fail-on {gate}: {told}.")
-                fix = fix or (MORE if open else "")
-            elif _moving(result, quantity, open):
+                fix = fix or (MORE if unsure else "")
+            elif _moving(result, quantity, unsure):
                 failed.append(f"--fail-on {gate} is not decided: {told}.")
                 fix = MORE
-            elif open:
+            elif unsure:
                 close.append(f"not --fail-on {gate}, but only just: {told}.")
     if failed:
         more = [f"And {len(failed) - SHOWN} more."] if len(failed) > SHOWN else []
@@ -112,10 +115,10 @@ def check(result: cv.Result, gates: Iterable[str]) -> list[str]:
     return close
 
 
-def _moving(result: cv.Result, quantity: Quantity, open: bool) -> bool:
+def _moving(result: cv.Result, quantity: Quantity, unsure: bool) -> bool:
     """Whether the number may be another one yet. Work that was stopped early tells only what errors tell."""
     known = quantity.stderr or quantity.bound
-    return not quantity.converged or not (result.complete or (known and not open))
+    return not quantity.converged or not (result.complete or (known and not unsure))
 
 
 def foresee(gates: Iterable[str], command: str) -> None:

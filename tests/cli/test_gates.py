@@ -90,6 +90,13 @@ def test_of_what_was_stopped_early_only_errors_are_believed():
             check(early, [gate])
 
 
+def test_what_was_not_measured_before_the_end_passes_no_gate(curv):
+    tokens = ("--measure", "sam", "--measure", "trace", "--products", 20, "--budget", "9hvp", "--format", "quiet")
+    said = curv("sharpness", *OBJECTIVE, *tokens, "--fail-on", "trace > 1e9")
+    assert said.code == 10 and "is not decided: the work ended before there was such a number." in said.err
+    assert curv("sharpness", *OBJECTIVE, *tokens[:2], *tokens[-2:], "--fail-on", "trace > 1e9").code == 2
+
+
 def test_eigenvalues_that_have_not_converged_pass_no_gate(curv):
     eig = ("eig", *OBJECTIVE, "--format", "quiet", "--fail-on", "lambda_max > 1e9")
     assert curv(*eig).code == 0
